@@ -1,0 +1,43 @@
+# Every command that a person or CI runs. Needs Python 3.11 or newer and nothing else prepared.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check unit system clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## make the virtual environment with everything that tests need
+
+$(VENV)/.package: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(STAMP): $(VENV)/.package
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.package  ## install, run the default comparison, say where the report is
+	$(BIN)/cooperllm compare demo
+
+test: check unit system  ## everything that CI runs
+
+check: $(STAMP)  ## formatting, lints, types, import contract
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+unit: $(STAMP)  ## arithmetic, properties, the house rules, every example in the documentation
+	$(BIN)/python -m pytest --quiet tests/unit tests/property tests/policy src
+
+system: $(STAMP)  ## whole runs: the default model, every engine, the command line
+	$(BIN)/python -m pytest --quiet tests/system
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,58 @@
+"""Weighted means with counts: the same function at the edge and at the cloud.
+
+    mean = Σ_i w_i x_i / Σ_i w_i                                           (1)
+    var  = ( Σ_i w_i x_i² / Σ_i w_i - mean² ) / (1 - 1/D)                   (2)  spread between D senders
+
+Senders are added in the order given, in double precision; whoever folds sorts them first, so that the order of arrival cannot change a bit.
+
+References:
+    McMahan et al., 2017, Communication-efficient learning of deep networks from decentralized data, Algorithm 1.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+
+def weighted_mean(values: Sequence[Float32[np.ndarray, "k"]], weights: Sequence[int]) -> Float32[np.ndarray, "k"]:
+    """Averages vectors over senders, eq. (1).
+
+    Args:
+        values: One [k] vector per sender, at least one, all finite.
+        weights: Number of examples per sender, all > 0.
+
+    Returns:
+        Weighted mean, shape [k].
+
+    Example:
+        >>> weighted_mean([np.array([1.0], np.float32), np.array([4.0], np.float32)], [2, 1])
+        array([2.], dtype=float32)
+    """
+    total = np.zeros(values[0].shape, np.float64)
+    for value, weight in zip(values, weights, strict=True):
+        total += np.float64(weight) * value
+    return (total / sum(weights)).astype(np.float32)
+
+
+def variance_between(
+    mean: Float32[np.ndarray, "k"], mean_of_squares: Float32[np.ndarray, "k"], num_senders: int
+) -> Float64[np.ndarray, "k"]:
+    """Estimates how much single senders' values differ, eq. (2).
+
+    Args:
+        mean: Weighted mean per coordinate, shape [k].
+        mean_of_squares: Weighted mean of squares per coordinate, shape [k].
+        num_senders: D >= 1; with one sender nothing is known and the mean square itself is returned.
+
+    Returns:
+        Variance of one sender's value, >= 0, shape [k].
+
+    Example:
+        >>> variance_between(np.array([2.0], np.float32), np.array([5.0], np.float32), 2)
+        array([2.])
+    """
+    squares = mean_of_squares.astype(np.float64)
+    if num_senders < 2:
+        return squares
+    return np.maximum(squares - mean.astype(np.float64) ** 2, 0) * (num_senders / (num_senders - 1))

@@ -1,0 +1,177 @@
+"""Directions that public data suggest.
+
+    U   = orthonormalise([ m, c_1, ..., c_k ])                                  (1)  the span: momentum and decoded columns
+    v   = β · ( √(α/n) u + √((1-α)/k) V r ),   u ~ N(0, I_n), r Rademacher      (2)  the paper's guided perturbation
+
+Everything here is elementwise or summed in a fixed order: each replica builds the same span, bit for bit, from the same bytes.
+
+Dimension key: k columns, n trainable parameters.
+
+References:
+    Sun et al., 2026, CooperLLM, arXiv:2601.12917, Eq. (8) in the authors' code.
+    Maheswaranathan et al., 2018, Guided evolutionary strategies, arXiv:1806.10230, Eq. (3).
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from cooperllm.algorithm import noise
+
+DEPENDENT = 1e-4
+"""A column of which less than this share of its length is new adds no direction, only rounding errors."""
+
+
+def orthonormalise(columns: Iterable[Float32[np.ndarray, "n"]], size: int) -> Float32[np.ndarray, "k n"]:
+    """Builds the span from columns, eq. (1), by Gram-Schmidt applied twice.
+
+    Earlier columns keep their direction. Zero, non-finite and dependent columns are left out, so that the rank may be smaller than
+    the number of columns given.
+
+    Args:
+        columns: Vectors, each of shape [n]; not modified.
+        size: n, needed when there are no columns.
+
+    Returns:
+        Rows of unit length at right angles to each other, shape [k, n].
+
+    Example:
+        >>> orthonormalise([np.array([3.0, 0.0], np.float32), np.array([1.0, 2.0], np.float32)], 2)
+        array([[1., 0.],
+               [0., 1.]], dtype=float32)
+    """
+    rows: list[np.ndarray] = []
+    for column in columns:
+        length = math.sqrt(dot(column, column))
+        if not 0 < length < math.inf:
+            continue
+        rest = column / np.float32(length)
+        for row in rows + rows:
+            rest = rest - np.float32(dot(row, rest)) * row
+        new = math.sqrt(dot(rest, rest))
+        if new > DEPENDENT:
+            rows.append(rest / np.float32(new))
+    return np.stack(rows) if rows else np.zeros((0, size), np.float32)
+
+
+def guided_perturbations(
+    span: Float32[np.ndarray, "k n"],
+    seed: int,
+    indices: Iterable[int],
+    sign_index: int,
+    blend: float,
+    blend_scale: float,
+) -> Iterator[Float32[np.ndarray, "n"]]:
+    """Yields the paper's perturbations, eq. (2), one at a time.
+
+    Args:
+        span: The cloud's unit-norm columns V, shape [k, n]; with no columns the isotropic part stands alone.
+        seed: The round's seed.
+        indices: One noise index for the isotropic part u of each perturbation.
+        sign_index: Noise index of the signs r; perturbation j takes signs j·k ... j·k + k-1.
+        blend: α in (0, 1]; 1 is isotropic.
+        blend_scale: β > 0.
+
+    Yields:
+        Perturbations v, each of shape [n].
+
+    Example:
+        >>> [v.shape for v in guided_perturbations(np.eye(1, 4, dtype=np.float32), 7, [0, 1], 0, 0.5, 1.0)]
+        [(4,), (4,)]
+    """
+    num_columns, size = span.shape
+    isotropic, guided = blend_weights(num_columns, size, blend, blend_scale)
+    for position, index in enumerate(indices):
+        perturbation = np.float32(isotropic) * noise.gaussian(seed, index, size)
+        for sign, row in zip(signs(seed, sign_index, position, num_columns), span, strict=True):
+            perturbation += np.float32(guided) * sign * row
+        yield perturbation
+
+
+def signs(seed: int, sign_index: int, position: int, num_columns: int) -> Float32[np.ndarray, "k"]:
+    """Gives the Rademacher signs r of one guided perturbation, eq. (2).
+
+    Args:
+        seed: The round's seed.
+        sign_index: Noise index of the family of signs.
+        position: Which perturbation, from 0.
+        num_columns: k.
+
+    Returns:
+        Signs, shape [k].
+
+    Example:
+        >>> signs(7, 0, 0, 2).shape
+        (2,)
+    """
+    return noise.rademacher(seed, sign_index, (position + 1) * num_columns)[position * num_columns :]
+
+
+def blend_weights(num_columns: int, size: int, blend: float, blend_scale: float) -> tuple[float, float]:
+    """Gives the factors of the isotropic and the guided part in eq. (2).
+
+    Args:
+        num_columns: k; without columns nothing is guided.
+        size: n >= 1.
+        blend: α in (0, 1].
+        blend_scale: β > 0.
+
+    Returns:
+        (β √(α/n), β √((1-α)/k)).
+
+    Example:
+        >>> blend_weights(1, 2, 0.5, 1.0)
+        (0.5, 0.7071067811865476)
+    """
+    guided = math.sqrt((1 - blend) / num_columns) if num_columns else 0.0
+    return blend_scale * math.sqrt(blend / size), blend_scale * guided
+
+
+def dot(left: Float32[np.ndarray, "n"], right: Float32[np.ndarray, "n"]) -> float:
+    """Multiplies two vectors: exact products, summed by halving, the same bits on every machine.
+
+    Args:
+        left: Shape [n].
+        right: Shape [n].
+
+    Returns:
+        Σ left · right in double precision.
+
+    Example:
+        >>> dot(np.array([1.0, 2.0], np.float32), np.array([3.0, 4.0], np.float32))
+        11.0
+    """
+    return _sum_by_halving(left.astype(np.float64) * right)
+
+
+def digest(*arrays: np.ndarray) -> bytes:
+    """Names the exact bits of arrays: replicas compare this instead of their contents.
+
+    Args:
+        *arrays: Arrays; shape and bits count.
+
+    Returns:
+        16 bytes (BLAKE2b).
+
+    Example:
+        >>> digest(np.zeros(2, np.float32)) == digest(-np.zeros(2, np.float32))
+        False
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        state.update(f"{little.dtype.str}{little.shape}".encode())
+        state.update(little.data)
+    return state.digest()
+
+
+def _sum_by_halving(values: Float64[np.ndarray, "n"]) -> float:
+    while len(values) > 1:
+        half = (len(values) + 1) // 2
+        upper = values[half:]
+        values = values[:half].copy()
+        values[: len(upper)] += upper
+    return float(values[0]) if len(values) else 0.0

@@ -1,0 +1,259 @@
+"""Applies a round's update: the same bits at the cloud, at an edge, on a device, and years later from the log.
+
+    d     = Σ_k a_k u_k + Σ_(g,j) b_gj z_gj  ( + dense )                    (1)  direction from coordinates
+    m    <- γ m + d,   θ <- θ - η m                                         (2)  momentum
+    m    <- γ m + (1-γ) d,   s <- ν s + (1-ν) d²,
+    θ    <- θ - η  m / (1-γ^t)  /  ( √(s / (1-ν^t)) + ε )                    (3)  Adam
+
+A `Replica` is what continues from round to round. Everything is elementwise float32 arithmetic in a fixed order, which IEEE 754 defines
+to the last bit, and the digest of the state is compared after every step.
+
+Dimension key: k columns, n trainable parameters.
+
+References:
+    Sutskever et al., 2013, On the importance of initialization and momentum in deep learning, Eq. (1)-(2).
+    Kingma and Ba, 2015, Adam, arXiv:1412.6980, Algorithm 1.
+    Zelikman et al., 2023, Just one byte (per gradient), arXiv:2306.10015: a run as seeds and scalars.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float32
+
+from cooperllm.algorithm import compression, noise
+from cooperllm.algorithm.guidance import digest, orthonormalise
+from cooperllm.algorithm.zeroth_order import weighted_sum
+from cooperllm.config import OptimizerConfig, OptimizerKind
+from cooperllm.errors import DecodeError, ReplayMismatchError
+from cooperllm.messages import Guide, GuideKind, Snapshot, Update, probe_indices
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replica:
+    """Parameters and optimiser state after a number of updates; every tier holds the same one.
+
+    Attributes:
+        model_version: Updates applied.
+        theta: θ, shape [n].
+        moments: (m,) for momentum, (m, s) for Adam, each of shape [n].
+    """
+
+    model_version: int
+    theta: Float32[np.ndarray, "n"]
+    moments: tuple[Float32[np.ndarray, "n"], ...]
+
+    @property
+    def state_hash(self) -> bytes:
+        """Digest of everything that continues."""
+        return digest(self.theta, *self.moments)
+
+    def snapshot(self) -> Snapshot:
+        """Returns the state as a message."""
+        return Snapshot(model_version=self.model_version, theta=self.theta, moments=self.moments)
+
+
+def start(theta: Float32[np.ndarray, "n"], optimizer: OptimizerConfig) -> Replica:
+    """Makes the replica that every run begins with.
+
+    Args:
+        theta: Initial parameters, shape [n].
+        optimizer: Decides which moments are kept.
+
+    Returns:
+        Version 0, with zero moments.
+
+    Example:
+        >>> start(np.zeros(3, np.float32), OptimizerConfig()).model_version
+        0
+    """
+    num_moments = 2 if optimizer.kind is OptimizerKind.ADAM else 1
+    return Replica(model_version=0, theta=theta, moments=tuple(np.zeros_like(theta) for _ in range(num_moments)))
+
+
+def restore(snapshot: Snapshot, size: int) -> Replica:
+    """Makes a replica from a snapshot that arrived.
+
+    Args:
+        snapshot: Whole state.
+        size: n of the receiver's model.
+
+    Returns:
+        The replica.
+
+    Raises:
+        DecodeError: If the vectors do not have the model's length.
+
+    Example:
+        >>> restore(start(np.zeros(3, np.float32), OptimizerConfig()).snapshot(), 3).theta.shape
+        (3,)
+    """
+    lengths = {len(vector) for vector in (snapshot.theta, *snapshot.moments)}
+    if lengths != {size} or not 1 <= len(snapshot.moments) <= 2:
+        raise DecodeError(f"snapshot: vectors of lengths {sorted(lengths)} found, {size} expected")
+    return Replica(model_version=snapshot.model_version, theta=snapshot.theta, moments=snapshot.moments)
+
+
+def span(replica: Replica, guide: Guide | None) -> Float32[np.ndarray, "k n"]:
+    """Rebuilds the span of a round from the guide's bytes and the momentum that every replica holds.
+
+    Args:
+        replica: State at the version the guide was made for.
+        guide: Packed guide, or None.
+
+    Returns:
+        Orthonormal rows, shape [k, n]; k = 0 without a guide.
+
+    Raises:
+        DecodeError: If the guide is malformed or of a kind this version does not know.
+
+    Example:
+        >>> span(start(np.zeros(3, np.float32), OptimizerConfig()), None).shape
+        (0, 3)
+    """
+    size = len(replica.theta)
+    if guide is None:
+        return np.zeros((0, size), np.float32)
+    if guide.kind is not GuideKind.DIRECTIONS:
+        raise DecodeError(f"guide: kind {guide.kind.value!r} found, this version knows 'directions'")
+    momentum = [replica.moments[0]] if guide.has_momentum else []
+    return orthonormalise([*momentum, *compression.unpack(guide.payload, size)], size)
+
+
+def direction(replica: Replica, update: Update, columns: Float32[np.ndarray, "k n"]) -> Float32[np.ndarray, "n"]:
+    """Turns an update's coordinates into a vector, eq. (1).
+
+    Args:
+        replica: State before the update.
+        update: Coordinates.
+        columns: The span they refer to, shape [k, n].
+
+    Returns:
+        d, shape [n].
+
+    Raises:
+        DecodeError: If the coordinates do not fit the span or the model.
+
+    Example:
+        >>> import cooperllm.messages as messages
+        >>> replica = start(np.zeros(2, np.float32), OptimizerConfig())
+        >>> update = messages.Update(
+        ...     round_index=0, model_version=0, seed=1, learning_rate=1.0, guide=None,
+        ...     column_coefficients=np.array([2.0], np.float32), random_terms=(), dense=None, theta_hash=bytes(16))
+        >>> direction(replica, update, np.eye(1, 2, dtype=np.float32))
+        array([2., 0.], dtype=float32)
+    """
+    size = len(replica.theta)
+    if len(update.column_coefficients) != len(columns):
+        raise DecodeError(f"update: {len(update.column_coefficients)} column coefficients found, the span has {len(columns)}")
+    total = np.zeros(size, np.float32)
+    if len(columns):
+        total += weighted_sum(update.column_coefficients, columns)
+    for term in update.random_terms:
+        indices = probe_indices(term.group, len(term.coefficients))
+        if len(term.coefficients):
+            total += weighted_sum(term.coefficients, (noise.gaussian(update.seed, index, size) for index in indices))
+    if update.dense is not None:
+        if len(update.dense) != size:
+            raise DecodeError(f"update: a dense direction of length {len(update.dense)} found, {size} expected")
+        total += update.dense
+    return total
+
+
+def step(replica: Replica, along: Float32[np.ndarray, "n"], learning_rate: float, optimizer: OptimizerConfig) -> Replica:
+    """Takes one step of the server's optimiser, eq. (2) or (3).
+
+    Args:
+        replica: State before; not modified.
+        along: Direction d, shape [n].
+        learning_rate: η >= 0.
+        optimizer: Kind and decay rates.
+
+    Returns:
+        State after, one version later.
+
+    Example:
+        >>> step(start(np.zeros(1, np.float32), OptimizerConfig()), np.ones(1, np.float32), 0.5, OptimizerConfig()).theta
+        array([-0.5], dtype=float32)
+    """
+    rate, decay = np.float32(learning_rate), np.float32(optimizer.momentum)
+    version = replica.model_version + 1
+    if optimizer.kind is OptimizerKind.MOMENTUM:
+        (moment,) = replica.moments
+        moment = decay * moment + along
+        return Replica(model_version=version, theta=replica.theta - rate * moment, moments=(moment,))
+    first, second = replica.moments
+    square_decay = np.float32(optimizer.square_decay)
+    first = decay * first + (np.float32(1) - decay) * along
+    second = square_decay * second + (np.float32(1) - square_decay) * (along * along)
+    mean = first / np.float32(1 - _power(optimizer.momentum, version))
+    root = np.sqrt(second / np.float32(1 - _power(optimizer.square_decay, version)))
+    theta = replica.theta - rate * (mean / (root + np.float32(optimizer.epsilon)))
+    return Replica(model_version=version, theta=theta, moments=(first, second))
+
+
+def seal(replica: Replica, update: Update, optimizer: OptimizerConfig) -> tuple[Update, Replica]:
+    """Applies an update for the first time and writes the digest of the result into it.
+
+    Args:
+        replica: The cloud's state before.
+        update: Coordinates; its own `theta_hash` is ignored.
+        optimizer: Kind and decay rates.
+
+    Returns:
+        The update with its digest, and the state after it.
+
+    Example:
+        >>> replica = start(np.zeros(2, np.float32), OptimizerConfig())
+        >>> blank = Update(round_index=0, model_version=0, seed=1, learning_rate=1.0, guide=None, random_terms=(), dense=None,
+        ...                column_coefficients=np.zeros(0, np.float32), theta_hash=bytes(16))
+        >>> sealed, after = seal(replica, blank, OptimizerConfig())
+        >>> apply(replica, sealed, OptimizerConfig()).state_hash == after.state_hash
+        True
+    """
+    after = _applied(replica, update, optimizer)
+    return replace(update, theta_hash=after.state_hash), after
+
+
+def apply(replica: Replica, update: Update, optimizer: OptimizerConfig) -> Replica:
+    """Replays an update and checks that the result is the cloud's, bit for bit.
+
+    Args:
+        replica: State before.
+        update: A sealed update.
+        optimizer: Kind and decay rates.
+
+    Returns:
+        State after.
+
+    Raises:
+        ReplayMismatchError: If the update is for another version or its result has another digest.
+
+    Example:
+        See `seal`.
+    """
+    after = _applied(replica, update, optimizer)
+    if after.state_hash != update.theta_hash:
+        raise ReplayMismatchError(
+            f"round {update.round_index}: this replica has {after.state_hash.hex()} after the update, the cloud has "
+            f"{update.theta_hash.hex()}; start again from a snapshot and compare versions of Python, NumPy and cooperllm"
+        )
+    return after
+
+
+def _applied(replica: Replica, update: Update, optimizer: OptimizerConfig) -> Replica:
+    if update.model_version != replica.model_version:
+        raise ReplayMismatchError(
+            f"round {update.round_index}: the update applies to version {update.model_version}, this replica is at {replica.model_version}"
+        )
+    along = direction(replica, update, span(replica, update.guide))
+    return step(replica, along, update.learning_rate, optimizer)
+
+
+def _power(base: float, exponent: int) -> float:
+    """Multiplies in a fixed order: `**` calls the machine's own mathematics library, whose last bit may differ."""
+    result = 1.0
+    while exponent:
+        result = result * base if exponent & 1 else result
+        base, exponent = base * base, exponent >> 1
+    return result

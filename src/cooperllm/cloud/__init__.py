@@ -1,0 +1,6 @@
+"""Room 3, the cloud: back-propagates on public data, owns the parameters."""
+
+from cooperllm.cloud.guide import GuideMaker
+from cooperllm.cloud.state import Closed, Cloud, Prepared
+
+__all__ = ["Closed", "Cloud", "GuideMaker", "Prepared"]

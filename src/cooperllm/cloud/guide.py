@@ -1,0 +1,120 @@
+"""Back-propagation on public data, and what it is turned into.
+
+    g_B = ∇ mean_i ℓ(x_i, y_i)                                              (1)  the public gradient
+    c_b = ∇ mean_{i: y_i in b} ℓ(x_i, y_i)                                  (2)  one column per bucket b of classes
+
+When the budget has room for every class, a bucket is a class; otherwise classes are dealt to buckets anew each round. A class without a
+public example in the batch lends its label to all of them: which way its score rises does not depend on having seen it.
+
+Dimension key: B public examples, C classes, k columns, n trainable parameters.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from cooperllm.algorithm import noise
+from cooperllm.algorithm.arms import GuideSource
+
+
+class DifferentiableModel(Protocol):
+    """What the cloud needs of a model; `cooperllm.models.Model` is one."""
+
+    num_classes: int
+
+    def batch(self, examples: Any, indices: Sequence[int]) -> Any:
+        """Pads chosen examples."""
+        ...
+
+    def scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Returns class scores [B, C], differentiable in θ."""
+        ...
+
+
+class GuideMaker:
+    """Makes a round's columns from public examples.
+
+    Attributes:
+        pool_size: Public gradients kept for the paper's arm, newest first.
+    """
+
+    def __init__(self, model: DifferentiableModel, public: Any, batch_size: int, pool_size: int) -> None:
+        self._model = model
+        self._public = public
+        self._batch_size = batch_size
+        self.pool_size = pool_size
+        self._pool: deque[np.ndarray] = deque(maxlen=pool_size)
+
+    @property
+    def has_every_class(self) -> bool:
+        """Whether the public data hold an example of each class."""
+        return len(np.unique(self._public.labels)) == self._model.num_classes
+
+    def columns(
+        self, source: GuideSource, theta: Float32[np.ndarray, "n"], seed: int, num_columns: int
+    ) -> tuple[Float32[np.ndarray, "k n"], Float32[np.ndarray, "n"], float]:
+        """Computes the columns of a guide.
+
+        Args:
+            source: A gradient (with the pool behind it), or columns by class.
+            theta: Current θ, not modified.
+            seed: The round's seed.
+            num_columns: Room for columns by class, >= 1.
+
+        Returns:
+            (columns [k, n] of any length, public gradient g_B [n], public loss).
+        """
+        point = torch.from_numpy(theta.copy()).requires_grad_()
+        indices = noise.permutation(seed, PUBLIC_BATCH, len(self._public))[: self._batch_size]
+        batch = self._model.batch(self._public, indices.tolist())
+        log_likelihoods = torch.log_softmax(self._model.scores(point, batch).float(), dim=1)
+        losses = -log_likelihoods.gather(1, batch.labels[:, None])[:, 0]
+        if source is GuideSource.GRADIENT:
+            gradient = _gradient(losses.mean(), point)
+            self._pool.appendleft(gradient)
+            return np.stack(self._pool), gradient, float(losses.detach().mean())
+        buckets = _buckets(self._model.num_classes, num_columns, seed)
+        parts = [_bucket_loss(losses, log_likelihoods, batch.labels, bucket) for bucket in buckets]
+        columns = np.stack([_gradient(part, point) for part, _ in parts])
+        shares = np.array([share for _, share in parts], np.float32)
+        return columns, (shares[:, None] * columns).sum(axis=0), float(losses.detach().mean())
+
+    def state(self) -> tuple[Float32[np.ndarray, "n"], ...]:
+        """Returns the pool, newest first, for a checkpoint."""
+        return tuple(self._pool)
+
+    def restore(self, pool: Sequence[Float32[np.ndarray, "n"]]) -> None:
+        """Takes a pool back from a checkpoint."""
+        self._pool = deque(pool, maxlen=self.pool_size)
+
+
+PUBLIC_BATCH = 1 << 61
+"""Noise index that chooses the public batch of a round."""
+
+BUCKETS = PUBLIC_BATCH + 1
+"""Noise index that deals classes to buckets."""
+
+
+def _buckets(num_classes: int, room: int, seed: int) -> list[list[int]]:
+    if num_classes <= room:
+        return [[label] for label in range(num_classes)]
+    dealt = noise.permutation(seed, BUCKETS, num_classes).tolist()
+    return [dealt[start::room] for start in range(room)]
+
+
+def _bucket_loss(
+    losses: torch.Tensor, log_likelihoods: torch.Tensor, labels: torch.Tensor, bucket: list[int]
+) -> tuple[torch.Tensor, float]:
+    """Loss of a bucket and its share of the public batch; absent classes are tried on every public text."""
+    belongs = torch.isin(labels, torch.tensor(bucket))
+    if not bool(belongs.any()):
+        return -log_likelihoods[:, bucket].mean(), 0.0
+    return losses[belongs].mean(), float(belongs.float().mean())
+
+
+def _gradient(loss: torch.Tensor, point: torch.Tensor) -> Float32[np.ndarray, "n"]:
+    return torch.autograd.grad(loss, point, retain_graph=True)[0].numpy()

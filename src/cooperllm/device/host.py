@@ -1,0 +1,44 @@
+"""The devices that live in one process: they share the base model and, being bitwise equal, one replica."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from cooperllm.algorithm import replay
+from cooperllm.algorithm.replay import Replica
+from cooperllm.config import OptimizerConfig
+from cooperllm.device.probe import catch_up, run_device
+from cooperllm.device.runtime import Runtime, Trainer
+from cooperllm.link.codec import decode, encode
+from cooperllm.messages import Order, Update
+
+
+class TrainingRuntime(Runtime, Trainer, Protocol):
+    """A runtime that can also back-propagate, for the bound."""
+
+
+class Host:
+    """Answers encoded orders for several devices.
+
+    An order carries what its device has missed, and those bytes are counted; the work of replaying them is done once for all devices of
+    the process, since an update leads them all to the same bits. A process that has just started reads what its devices already knew
+    from `history`, which stands for the disk of a real device.
+    """
+
+    def __init__(
+        self, runtimes: Sequence[TrainingRuntime], replica: Replica, optimizer: OptimizerConfig, history: Callable[[], Sequence[Update]]
+    ) -> None:
+        self._runtimes = runtimes
+        self._replica = replica
+        self._optimizer = optimizer
+        self._history = history
+
+    def answer(self, data: bytes) -> bytes:
+        """Decodes an order, brings the replica to its version, works, and encodes the report."""
+        order = decode(data, Order)
+        known = order.plan.model_version - len(order.updates)
+        if order.snapshot is None and self._replica.model_version < known:
+            for update in self._history()[self._replica.model_version : known]:
+                self._replica = replay.apply(self._replica, update, self._optimizer)
+        self._replica = catch_up(self._replica, order, self._optimizer)
+        runtime = self._runtimes[order.device_id]
+        return encode(run_device(order, self._replica, runtime, runtime))

@@ -1,0 +1,150 @@
+"""What a device does in a round: catch up, probe, report. It never moves θ and sends a few numbers.
+
+order --> replica at the plan's version --> batch --> slopes along columns and random directions --> report
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float32
+
+from cooperllm.algorithm import guidance, noise, replay, zeroth_order
+from cooperllm.algorithm.replay import Replica
+from cooperllm.config import OptimizerConfig
+from cooperllm.device.runtime import Runtime, Trainer
+from cooperllm.errors import ProtocolError, ReplayMismatchError
+from cooperllm.messages import FORMAT_VERSION, DeviceReport, LocalTraining, Order, Outcome, Plan, Probes, probe_indices
+
+BATCH_STREAM = 1 << 62
+"""Noise indices from here on choose batches, so that no random direction shares a key with them."""
+
+
+def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Trainer | None) -> DeviceReport:
+    """Answers a plan with measurements on private data.
+
+    Args:
+        order: Plan and addressee.
+        replica: State at the plan's version; not modified.
+        runtime: Forward passes over the private examples.
+        trainer: Back-propagation, or None on a device that has none.
+
+    Returns:
+        The report; a non-finite loss is an outcome, not an exception.
+
+    Raises:
+        ProtocolError: If the plan is of another format, version or guide than this replica, or asks for what the device cannot do.
+    """
+    plan = order.plan
+    columns = _checked_span(plan, replica)
+    nothing = np.zeros(0, np.float32)
+    column_slopes, random_slopes, estimate, forward_passes = nothing, nothing, None, 0
+    if plan.probes is not None:
+        chosen = choose_batch(plan, order.device_id, runtime.num_examples, 0)
+        column_slopes, random_slopes = _probe(order, plan.probes, columns, replica, runtime, chosen)
+        forward_passes = 2 * (len(column_slopes) + len(random_slopes))
+        num_examples = len(chosen)
+    elif plan.local_training is not None:
+        if trainer is None:
+            raise ProtocolError(f"round {plan.round_index}: the plan asks for back-propagation, device {order.device_id} only runs forward")
+        estimate, num_examples = _train(order, plan.local_training, replica, runtime, trainer)
+        forward_passes = 3 * plan.local_training.num_steps
+    else:
+        raise ProtocolError(f"round {plan.round_index}: the plan asks device {order.device_id} for nothing")
+    numbers = (column_slopes, random_slopes, nothing if estimate is None else estimate)
+    is_finite = all(np.isfinite(values).all() for values in numbers)
+    return DeviceReport(
+        device_id=order.device_id,
+        round_index=plan.round_index,
+        model_version=plan.model_version,
+        guide_version=plan.guide_version,
+        num_examples=num_examples,
+        outcome=Outcome.OK if is_finite else Outcome.NON_FINITE_LOSS,
+        column_slopes=column_slopes,
+        random_slopes=random_slopes,
+        estimate=estimate,
+        forward_passes=forward_passes,
+    )
+
+
+def catch_up(replica: Replica, order: Order, optimizer: OptimizerConfig) -> Replica:
+    """Brings a replica to the plan's version from what the order carries.
+
+    Args:
+        replica: State of any earlier version, or of the same one.
+        order: Plan with a tail of updates or a snapshot.
+        optimizer: The run's optimiser.
+
+    Returns:
+        State at the plan's version, with the plan's digest.
+
+    Raises:
+        ReplayMismatchError: If the result is not the cloud's state.
+    """
+    plan = order.plan
+    if order.snapshot is not None and replica.model_version < plan.model_version:
+        replica = replay.restore(order.snapshot, len(replica.theta))
+    for update in order.updates:
+        if update.model_version == replica.model_version < plan.model_version:
+            replica = replay.apply(replica, update, optimizer)
+    if replica.model_version != plan.model_version or replica.state_hash != plan.theta_hash:
+        raise ReplayMismatchError(
+            f"round {plan.round_index}: device {order.device_id} has version {replica.model_version} ({replica.state_hash.hex()}), "
+            f"the plan starts from {plan.model_version} ({plan.theta_hash.hex()})"
+        )
+    return replica
+
+
+def choose_batch(plan: Plan, device_id: int, num_examples: int, step: int) -> list[int]:
+    """Draws a batch without replacement.
+
+    Args:
+        plan: Names the seed and the batch size.
+        device_id: Whose batch.
+        num_examples: Size of the device's shard, >= 1.
+        step: Position among the batches of the round, from 0.
+
+    Returns:
+        Positions in the shard: all of it when it is smaller than the batch.
+    """
+    index = BATCH_STREAM | (device_id << 16) | step
+    return noise.permutation(plan.seed, index, num_examples)[: plan.batch_size].tolist()
+
+
+def _checked_span(plan: Plan, replica: Replica) -> Float32[np.ndarray, "k n"]:
+    if plan.format_version != FORMAT_VERSION:
+        raise ProtocolError(f"round {plan.round_index}: format {plan.format_version} found, this device knows {FORMAT_VERSION}")
+    if plan.model_version != replica.model_version:
+        raise ProtocolError(f"round {plan.round_index}: θ of version {plan.model_version} expected, {replica.model_version} found")
+    columns = replay.span(replica, plan.guide)
+    if guidance.digest(columns) != plan.guide_hash:
+        raise ReplayMismatchError(f"round {plan.round_index}: the decoded guide differs from the cloud's")
+    return columns
+
+
+def _probe(
+    order: Order,
+    probes: Probes,
+    columns: Float32[np.ndarray, "k n"],
+    replica: Replica,
+    runtime: Runtime,
+    chosen: list[int],
+) -> tuple[Float32[np.ndarray, "k"], Float32[np.ndarray, "P"]]:
+    evaluate, points_per_pass = runtime.evaluate(chosen)
+    measured = columns if probes.measures_columns else columns[:0]
+    column_slopes = zeroth_order.slopes(evaluate, replica.theta, measured, probes.column_scale, points_per_pass=points_per_pass)
+    random = _random_directions(order, probes, columns)
+    random_slopes = zeroth_order.slopes(evaluate, replica.theta, random, probes.random_scale, points_per_pass=points_per_pass)
+    return column_slopes, random_slopes
+
+
+def _random_directions(order: Order, probes: Probes, columns: Float32[np.ndarray, "k n"]) -> Iterator[Float32[np.ndarray, "n"]]:
+    indices = probe_indices(order.group, probes.num_random)
+    if probes.blend is None:
+        return (noise.gaussian(order.plan.seed, index, columns.shape[1]) for index in indices)
+    return guidance.guided_perturbations(columns, order.plan.seed, indices, order.group, probes.blend, probes.blend_scale)
+
+
+def _train(order: Order, task: LocalTraining, replica: Replica, runtime: Runtime, trainer: Trainer) -> tuple[Float32[np.ndarray, "n"], int]:
+    batches = [choose_batch(order.plan, order.device_id, runtime.num_examples, step) for step in range(task.num_steps)]
+    after = trainer.train(replica.theta, batches, task.learning_rate)
+    return (replica.theta - after) / np.float32(task.learning_rate), sum(map(len, batches))

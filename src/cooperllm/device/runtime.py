@@ -1,0 +1,46 @@
+"""The seam between a device's work and whatever computes its forward passes."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float32
+
+from cooperllm.algorithm.zeroth_order import Evaluate
+
+
+class Runtime(Protocol):
+    """A model and one device's private examples; PyTorch today, an inference runtime without it next."""
+
+    @property
+    def num_examples(self) -> int:
+        """Private examples at hand."""
+        ...
+
+    def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:
+        """Prepares one batch.
+
+        Args:
+            chosen: Which private examples, positions in [0, num_examples).
+
+        Returns:
+            (losses of the batch as a function of points θ [P, n], points that one pass may hold).
+        """
+        ...
+
+
+class Trainer(Protocol):
+    """Back-propagation on a device: only the bound needs it."""
+
+    def train(self, theta: Float32[np.ndarray, "n"], batches: Sequence[Sequence[int]], learning_rate: float) -> Float32[np.ndarray, "n"]:
+        """Takes one plain gradient step per batch.
+
+        Args:
+            theta: Start θ, not modified.
+            batches: Positions of private examples, one sequence per step.
+            learning_rate: Step size, > 0.
+
+        Returns:
+            θ after the last step.
+        """
+        ...

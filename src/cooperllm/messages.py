@@ -1,0 +1,320 @@
+"""What crosses a wall. Frozen, small, checked at construction, and free of any engine's types.
+
+    cloud --Plan--> edge --Order--> device --DeviceReport--> edge --EdgeReport--> cloud,  and an Update closes the round.
+
+Dimension key: k columns of the span, P random probes of one device, n trainable parameters.
+
+Every message that answers another carries the versions of what it was computed from: `model_version` counts the updates in θ,
+`guide_version` the guides made. Groups name who shares random directions: probe j of group g in a round with seed s is the noise
+(s, g · 2³² + j), so that whoever knows (s, g) can rebuild it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated
+
+import numpy as np
+from jaxtyping import Float32
+from msgspec import Meta
+
+FORMAT_VERSION = 1
+"""Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
+
+Count = Annotated[int, Meta(ge=0, le=1 << 32)]
+Positive = Annotated[int, Meta(ge=1, le=1 << 32)]
+Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class Outcome(Enum):
+    """How a device's work ended. A bad device is data, not an exception."""
+
+    OK = "ok"
+    NON_FINITE_LOSS = "non-finite loss"
+    LOST = "lost"
+    MISMATCH = "answers another plan"
+
+
+class GuideKind(Enum):
+    """What a guide's bytes hold. Feedback maps will be the second kind; a replica refuses a kind it does not know."""
+
+    DIRECTIONS = "directions"
+
+
+class Grouping(Enum):
+    """Who shares a round's random directions."""
+
+    SHARED = "shared"
+    EDGE = "edge"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guide:
+    """What the cloud learnt from public data, packed for the link.
+
+    Attributes:
+        kind: What the payload holds.
+        payload: Output of `algorithm.compression.pack`: the columns before orthonormalisation.
+        has_momentum: Whether the server's momentum, which every replica holds, is the first column of the span.
+    """
+
+    kind: GuideKind
+    payload: bytes
+    has_momentum: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probes:
+    """What a device measures: two-point slopes, and nothing else.
+
+    Attributes:
+        measures_columns: Whether the slope along every column of the span is measured.
+        num_random: Random directions P per device, >= 0.
+        grouping: Who shares random directions.
+        column_scale: Half-step μ along a unit column, > 0.
+        random_scale: Half-step μ along a random direction, > 0.
+        blend: Share α of the isotropic part in a guided perturbation, in (0, 1]; None leaves random directions as they are.
+        blend_scale: Length β of a guided perturbation, > 0.
+    """
+
+    measures_columns: bool
+    num_random: Count
+    grouping: Grouping
+    column_scale: float
+    random_scale: float
+    blend: float | None = None
+    blend_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.column_scale > 0 and self.random_scale > 0 and self.blend_scale > 0):
+            raise ValueError("probes: every scale must be > 0")
+        if self.blend is not None and not 0 < self.blend <= 1:
+            raise ValueError(f"probes: blend {self.blend} is outside (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalTraining:
+    """Back-propagation on the device: the upper bound that federated averaging gives, not something a small device can do.
+
+    Attributes:
+        num_steps: Local gradient steps.
+        learning_rate: Local step size, > 0.
+    """
+
+    num_steps: Positive
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Cloud to edges: one round.
+
+    Attributes:
+        round_index: From 0.
+        model_version: Updates contained in the θ that the round starts from.
+        guide_version: Number of the guide, from 0; -1 when the round has none.
+        theta_hash: Digest of the replica's state at `model_version`.
+        seed: Names the round's random directions and batches.
+        cohort: Devices taking part.
+        batch_size: Examples per device.
+        guide: Packed guide, or None.
+        guide_hash: Digest of the decoded, orthonormal span; empty span without a guide.
+        probes: Slopes to measure, or None.
+        local_training: The alternative to probes, or None.
+    """
+
+    round_index: Count
+    model_version: Count
+    guide_version: int
+    theta_hash: Digest
+    seed: Seed
+    cohort: tuple[Count, ...]
+    batch_size: Positive
+    guide: Guide | None
+    guide_hash: Digest
+    probes: Probes | None = None
+    local_training: LocalTraining | None = None
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomTerm:
+    """The part of an update that lies along one group's random directions.
+
+    Attributes:
+        group: Whose directions.
+        coefficients: One number per direction, shape [P].
+    """
+
+    group: Count
+    coefficients: Float32[np.ndarray, "P"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """One step of θ in coordinates that every replica can rebuild: the record of the replay log.
+
+    Attributes:
+        round_index: Round it closes.
+        model_version: Version it applies to; the result has the next one.
+        seed: The round's seed, from which random directions are rebuilt.
+        learning_rate: Step size, >= 0.
+        guide: Packed guide whose columns the coefficients belong to, or None.
+        column_coefficients: One number per column of the span, shape [k].
+        random_terms: Parts along random directions.
+        dense: A direction in full (federated averaging only), shape [n], or None.
+        theta_hash: Digest of the replica's state after the step.
+    """
+
+    round_index: Count
+    model_version: Count
+    seed: Seed
+    learning_rate: float
+    guide: Guide | None
+    column_coefficients: Float32[np.ndarray, "k"]
+    random_terms: tuple[RandomTerm, ...]
+    dense: Float32[np.ndarray, "n"] | None
+    theta_hash: Digest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """A replica's whole state, for whoever cannot replay.
+
+    Attributes:
+        model_version: Updates contained.
+        theta: Parameters θ, shape [n].
+        moments: The server optimiser's vectors, each of shape [n].
+    """
+
+    model_version: Count
+    theta: Float32[np.ndarray, "n"]
+    moments: tuple[Float32[np.ndarray, "n"], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """Edge to device: the plan and what the device needs to reach its version, the shorter of a tail of updates and a snapshot.
+
+    Attributes:
+        device_id: Addressee.
+        group: Whose random directions it probes.
+        plan: The round.
+        updates: Updates the device has missed, oldest first.
+        snapshot: Whole state instead of updates, or None.
+    """
+
+    device_id: Count
+    group: Count
+    plan: Plan
+    updates: tuple[Update, ...]
+    snapshot: Snapshot | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceReport:
+    """Device to edge: a few numbers and a weight; never data, never parameters.
+
+    Attributes:
+        device_id: Sender.
+        round_index: Round it answers.
+        model_version: Version of θ the numbers were measured at.
+        guide_version: Version of the guide they were measured along.
+        num_examples: Private examples behind the numbers: the report's weight.
+        outcome: How the work ended; numbers of any outcome but OK are not used.
+        column_slopes: Slopes along the span's columns, shape [k].
+        random_slopes: Slopes along random (or guided) directions, shape [P].
+        estimate: An estimate of the private gradient in full, shape [n], where the plan asked for one.
+        forward_passes: Forward passes of one batch that the work took; a backward pass counts as two.
+    """
+
+    device_id: Count
+    round_index: Count
+    model_version: Count
+    guide_version: int
+    num_examples: Count
+    outcome: Outcome
+    column_slopes: Float32[np.ndarray, "k"]
+    random_slopes: Float32[np.ndarray, "P"]
+    estimate: Float32[np.ndarray, "n"] | None
+    forward_passes: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomSlopes:
+    """Slopes of one group along its own random directions.
+
+    Attributes:
+        group: Whose directions.
+        num_examples: Examples behind the slopes.
+        slopes: Weighted mean over the group's devices, shape [P].
+    """
+
+    group: Count
+    num_examples: Count
+    slopes: Float32[np.ndarray, "P"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeReport:
+    """Edge to cloud: its devices' numbers, folded.
+
+    Attributes:
+        edge_id: Sender.
+        round_index: Round it answers.
+        num_devices: Usable reports folded.
+        num_examples: Examples behind them.
+        dropped: Reports not used, by outcome.
+        column_slopes: Weighted mean slope along each column, shape [k].
+        column_squares: Weighted mean of squared slopes, shape [k]: with the mean it gives the spread between devices.
+        random_slopes: One entry per group.
+        estimate: Weighted mean of the devices' estimates, shape [n], or None.
+        forward_passes: Largest number of forward passes that one device took.
+    """
+
+    edge_id: Count
+    round_index: Count
+    num_devices: Count
+    num_examples: Count
+    dropped: dict[Outcome, int]
+    column_slopes: Float32[np.ndarray, "k"]
+    column_squares: Float32[np.ndarray, "k"]
+    random_slopes: tuple[RandomSlopes, ...]
+    estimate: Float32[np.ndarray, "n"] | None
+    forward_passes: Count
+
+
+def probe_index(group: int, position: int) -> int:
+    """Numbers the random directions of a round without collisions.
+
+    Args:
+        group: Whose direction, in [0, 2³²).
+        position: Position within the group, in [0, 2³²).
+
+    Returns:
+        Index for `algorithm.noise`, in [0, 2⁶⁴).
+
+    Example:
+        >>> probe_index(1, 2)
+        4294967298
+    """
+    return (group << 32) | position
+
+
+def probe_indices(group: int, count: int) -> Iterator[int]:
+    """Yields the indices of a group's first `count` directions.
+
+    Args:
+        group: Whose directions.
+        count: How many, >= 0.
+
+    Yields:
+        Indices in order.
+
+    Example:
+        >>> list(probe_indices(0, 3))
+        [0, 1, 2]
+    """
+    return (probe_index(group, position) for position in range(count))

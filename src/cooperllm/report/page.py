@@ -1,0 +1,126 @@
+"""One page that says what happened: it opens from a file, loads nothing, runs nothing, and can be sent by mail."""
+
+import base64
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cooperllm.report.plots import CHARTS, FALLBACK, STYLES, replace_file
+from cooperllm.report.table import BOUND_MARK, Summary, arm_rows, final_accuracies, format_number, format_percent, headings
+
+LEAD = "measured"
+UNGUIDED = "mezo-fl"
+
+
+def write_page(summary: Summary, directory: Path, plots: Sequence[Path]) -> Path:
+    """Writes report.html with everything it shows inside it.
+
+    Args:
+        summary: Content of summary.json; not modified. Whatever it says is shown as text, never as markup.
+        directory: Existing directory; a report.html in it is replaced at once.
+        plots: PNG files to embed, as `write_plots` returns them.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: If a plot cannot be read or the directory cannot be written.
+    """
+    loader = PackageLoader("cooperllm.report", "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    axes = {chart.file_name: chart.axis for chart in CHARTS}
+    text = environment.get_template("report.html.jinja").render(
+        summary=summary,
+        verdict=verdict(summary),
+        headings=headings(summary),
+        rows=list(zip(summary["arms"], arm_rows(summary), strict=True)),
+        finals=final_accuracies(summary),
+        styles={name: STYLES.get(name, FALLBACK) for name in summary["arms"]},
+        figures=[(plot.name, axes.get(plot.name, plot.stem), base64.b64encode(plot.read_bytes()).decode()) for plot in plots],
+        command=_command(summary),
+        standard_error=_standard_error(summary),
+        bound_mark=BOUND_MARK,
+        format_number=format_number,
+        format_percent=format_percent,
+    )
+    return replace_file(directory / "report.html", text.encode())
+
+
+def verdict(summary: Summary) -> str:
+    """Says in one sentence how the run ended.
+
+    The lead is the measured arm, or without it the best arm that does not back-propagate on devices. Its rounds are compared with
+    the round in which the unguided arm itself first reached its final accuracy, not with that arm's last round.
+
+    Args:
+        summary: Content of summary.json; not modified.
+
+    Returns:
+        A sentence in plain text.
+
+    Example:
+        >>> verdict({"arms": {"measured": {"final_accuracy": 0.831}, "cloud-only": {"final_accuracy": 0.789}}})
+        'measured ends at 83.1 %, 4.2 points above cloud-only.'
+    """
+    arms, finals = summary["arms"], final_accuracies(summary)
+    if not finals:
+        return "No arm has finished yet."
+    forward_only = [name for name in finals if not arms[name].get("uses_back_propagation_on_devices")]
+    lead = LEAD if LEAD in finals else max(forward_only or finals, key=lambda name: finals[name])
+    others = sorted(finals.keys() - {lead}, key=lambda name: (-finals[name], name))
+    sentence = f"{lead} ends at {format_percent(finals[lead])}"
+    if others:
+        sentence += f", {_enumerate(_margins(finals, lead, others))}"
+    else:
+        sentence += f" after {arms[lead]['rounds']} rounds and {format_number(arms[lead]['forward_passes'])} forward passes"
+    if UNGUIDED in others:
+        sentence += f"; {_pace(arms[lead], arms[UNGUIDED])}"
+    unfinished = [name for name in arms if name not in finals]
+    if unfinished:
+        sentence += f"; {_enumerate(unfinished)} {'has' if len(unfinished) == 1 else 'have'} not finished"
+    return sentence + "."
+
+
+def _margins(finals: dict[str, float], lead: str, others: list[str]) -> list[str]:
+    """Gaps in points of a percentage, the unit said once."""
+    margins, unit = list[str](), " points"
+    for name in others:
+        gap = round(100 * (finals[lead] - finals[name]), 1)
+        margins.append(f"{abs(gap):.1f}{unit} {'above' if gap > 0 else 'below'} {name}" if gap else f"level with {name}")
+        unit = "" if gap else unit
+    return margins
+
+
+def _pace(lead: Summary, unguided: Summary) -> str:
+    rounds, unguided_rounds = (_first_round(arm, unguided["final_accuracy"]) for arm in (lead, unguided))
+    if rounds is None or unguided_rounds is None:
+        return f"it never reaches {UNGUIDED}'s final accuracy"
+    if rounds == 0 or unguided_rounds == 0:
+        return f"{UNGUIDED} ends no higher than the start"
+    ratio = unguided_rounds / rounds
+    comparison = "as many" if ratio == 1 else f"{ratio:.1f}x fewer" if ratio > 1 else f"{1 / ratio:.1f}x more"
+    return f"it reaches {UNGUIDED}'s final accuracy in {rounds} rounds, {UNGUIDED} itself in {unguided_rounds} ({comparison})"
+
+
+def _first_round(arm: Summary, accuracy: float) -> int | None:
+    return next((index for index, reached in arm["accuracy_by_round"] if reached >= accuracy), None)
+
+
+def _enumerate(parts: Sequence[str]) -> str:
+    *head, last = parts
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def _command(summary: Summary) -> str:
+    verb = "run" if len(summary["arms"]) == 1 else "compare"
+    return summary.get("command") or f"cooperllm {verb} {shlex.quote(str(summary['recipe']))} --seed {summary['seed']}"
+
+
+def _standard_error(summary: Summary) -> float | None:
+    """Largest binomial standard error of a final accuracy, if the number of test examples is known."""
+    num_test = summary.get("config", {}).get("data", {}).get("num_test")
+    variances = [accuracy * (1 - accuracy) for accuracy in final_accuracies(summary).values()]
+    return math.sqrt(max(variances) / num_test) if num_test and variances else None

@@ -1,0 +1,103 @@
+"""One row per arm: the same cells for the terminal and for the page, in human units.
+
+A summary maps names to plain values; its "arms" maps an arm's name to its numbers. A number that an unfinished arm lacks is a dash.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+Summary = Mapping[str, Any]
+
+BOUND_MARK = "* back-propagates on devices: a bound, not a competitor"
+DASH = "–"
+
+
+def arms_table(summary: Summary) -> Table:
+    """Lays the arms of a summary out for an 80-column terminal.
+
+    Args:
+        summary: Content of summary.json; not modified.
+
+    Returns:
+        One row per arm, the best final accuracy in bold.
+
+    Example:
+        >>> arms_table({"recipe": "demo", "seed": 0, "arms": {"measured": {"final_accuracy": 0.83}}}).row_count
+        1
+    """
+    title = Text(f"{summary['recipe']}, seed {summary['seed']}")
+    has_bound = any(arm.get("uses_back_propagation_on_devices") for arm in summary["arms"].values())
+    table = Table(title=title, caption=BOUND_MARK if has_bound else None, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for index, heading in enumerate(headings(summary)):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
+    for (name, learning_rate, final, *others), is_best in arm_rows(summary):
+        table.add_row(Text(name), learning_rate, Text(final, "bold" if is_best else ""), *others)
+    return table
+
+
+def headings(summary: Summary) -> tuple[str, ...]:
+    """Names the columns; a newline shows where a narrow terminal breaks the line."""
+    levels = (f"to\n{100 * float(level):g} %" for level in _levels(summary))
+    return ("arm", "learning\nrate", "final", "best", *levels, "forward\npasses", "bytes\nup", "bytes\ndown", "seconds")
+
+
+def arm_rows(summary: Summary) -> list[tuple[tuple[str, ...], bool]]:
+    """Writes each arm as one cell per heading, and tells whether no finished arm ends at a higher accuracy."""
+    levels, finals = _levels(summary), final_accuracies(summary)
+    best = max(finals.values(), default=None)
+    return [(_cells(name, arm, levels), name in finals and finals[name] == best) for name, arm in summary["arms"].items()]
+
+
+def final_accuracies(summary: Summary) -> dict[str, float]:
+    """Maps each finished arm to its final accuracy; an unfinished arm cannot be compared."""
+    arms = summary["arms"].items()
+    return {name: arm["final_accuracy"] for name, arm in arms if arm.get("finished", True) and arm.get("final_accuracy") is not None}
+
+
+def format_percent(fraction: float | None) -> str:
+    """Writes a fraction as a percentage: 0.831 is '83.1 %'."""
+    return DASH if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def format_number(value: float | None, form: str = ",.0f") -> str:
+    """Writes a number, thousands set apart: 3200 is '3,200'."""
+    return DASH if value is None else f"{value:{form}}"
+
+
+def format_bytes(num_bytes: int | None) -> str:
+    """Writes bytes with a decimal unit, 1 kB = 1000 B: 1234567 is '1.2 MB'."""
+    if num_bytes is None:
+        return DASH
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.1f} {unit}" if unit != "B" and value < 99.95 else f"{value:.0f} {unit}"
+
+
+def _levels(summary: Summary) -> list[str]:
+    """At most three accuracy levels, the highest that some arm has reached."""
+    arms: list[Summary] = [arm.get("rounds_to", {}) for arm in summary["arms"].values()]
+    levels = sorted({level for rounds_to in arms for level in rounds_to}, key=float)
+    reached = [level for level in levels if any(rounds_to.get(level) is not None for rounds_to in arms)]
+    return levels if len(levels) <= 3 else (reached or levels)[-3:]
+
+
+def _cells(name: str, arm: Summary, levels: list[str]) -> tuple[str, ...]:
+    mark = "*" * arm.get("uses_back_propagation_on_devices", False)
+    return (
+        name + mark + ("" if arm.get("finished", True) else "\nunfinished"),
+        format_number(arm.get("learning_rate"), "g"),
+        format_percent(arm.get("final_accuracy")),
+        format_percent(arm.get("best_accuracy")),
+        *(format_number(arm.get("rounds_to", {}).get(level)) for level in levels),
+        format_number(arm.get("forward_passes")),
+        format_bytes(arm.get("bytes_up")),
+        format_bytes(arm.get("bytes_down")),
+        format_number(arm.get("wall_seconds")),
+    )

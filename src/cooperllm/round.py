@@ -1,0 +1,96 @@
+"""One round, top to bottom. Read this file first.
+
+    cloud   back-propagates on public data and makes a plan: packed guide, seed, who takes part
+    edges   fan the plan out to their devices
+    devices measure slopes of their private loss along the agreed directions, with forward passes only
+    edges   fold their devices' numbers
+    cloud   combines them with its own gradient, steps, and seals an update that every replica replays bit for bit
+
+The rooms know nothing of the link; the link knows nothing of the rooms. Every engine must give the numbers that this function gives with
+the loopback link.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cooperllm.cloud import Closed, Cloud, Prepared
+from cooperllm.edge import Edge
+from cooperllm.link.base import Link
+from cooperllm.link.codec import decode, encode
+from cooperllm.messages import EdgeReport, Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundResult:
+    """A finished round and what it cost.
+
+    Attributes:
+        closed: The sealed update, the new state and the observed figures.
+        public_loss: Loss of the cloud's public batch, or None.
+        forward_passes: Forward passes of one batch, all devices together.
+        queries: Two-point queries of one device.
+        answered: Devices that sent a report.
+        bytes_down: Bytes to devices.
+        bytes_up: Bytes from devices.
+        bytes_between: Bytes between cloud and edges, both ways.
+    """
+
+    closed: Closed
+    public_loss: float | None
+    forward_passes: int
+    queries: int
+    answered: tuple[int, ...]
+    bytes_down: int
+    bytes_up: int
+    bytes_between: int
+
+
+def run_round(cloud: Cloud, edges: Sequence[Edge], link: Link) -> RoundResult:
+    """Runs one round over all tiers.
+
+    Args:
+        cloud: Owner of θ; moves to the next version.
+        edges: Every edge; they remember the update.
+        link: How orders reach devices.
+
+    Returns:
+        The round's result.
+
+    Raises:
+        QuorumError: If too few devices gave usable reports; nothing has changed then.
+    """
+    replica = cloud.replica
+    prepared = cloud.plan()
+    packed_plan = encode(prepared.plan)
+    plan = decode(packed_plan, Plan)  # what an edge sees: the same bytes for all of them
+
+    orders = {edge.edge_id: edge.fan_out(plan, replica) for edge in edges}
+    exchange = link.exchange([order for edge_orders in orders.values() for order in edge_orders])
+    by_device = {report.device_id: report for report in exchange.reports}
+    folded: list[bytes] = []
+    for edge in edges:
+        asked = [order.device_id for order in orders[edge.edge_id]]
+        answered = [by_device[device_id] for device_id in asked if device_id in by_device]
+        folded.append(encode(edge.fold(plan, answered, lost=len(asked) - len(answered))))
+
+    closed = cloud.close(prepared, [decode(report, EdgeReport) for report in folded])
+    packed_update = encode(closed.update)
+    for edge in edges:
+        edge.remember(closed.update, len(packed_update))
+    return RoundResult(
+        closed=closed,
+        public_loss=prepared.public_loss,
+        forward_passes=sum(report.forward_passes for report in exchange.reports),
+        queries=_queries(prepared),
+        answered=tuple(sorted(by_device)),
+        bytes_down=exchange.bytes_down,
+        bytes_up=exchange.bytes_up,
+        bytes_between=len(edges) * (len(packed_plan) + len(packed_update)) + sum(map(len, folded)),
+    )
+
+
+def _queries(prepared: Prepared) -> int:
+    probes = prepared.plan.probes
+    if probes is None:
+        return 0
+    return probes.num_random + (len(prepared.span) if probes.measures_columns else 0)
