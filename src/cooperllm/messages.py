@@ -2,7 +2,8 @@
 
     cloud --Plan--> edge --Order--> device --DeviceReport--> edge --EdgeReport--> cloud,  and an Update closes the round.
 
-Dimension key: k columns of the span, P random probes of one device, n trainable parameters.
+Dimension key: k columns of the span, P random probes of one device, n trainable parameters. The underscore in "_k" says that one message
+may hold arrays of different k.
 
 Every message that answers another carries the versions of what it was computed from: `model_version` counts the updates in θ,
 `guide_version` the guides made. Groups name who shares random directions: probe j of group g in a round with seed s is the noise
@@ -149,7 +150,7 @@ class RandomTerm:
     """
 
     group: Count
-    coefficients: Float32[np.ndarray, "P"]
+    coefficients: Float32[np.ndarray, "_P"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,9 +174,9 @@ class Update:
     seed: Seed
     learning_rate: float
     guide: Guide | None
-    column_coefficients: Float32[np.ndarray, "k"]
+    column_coefficients: Float32[np.ndarray, "_k"]
     random_terms: tuple[RandomTerm, ...]
-    dense: Float32[np.ndarray, "n"] | None
+    dense: Float32[np.ndarray, "_n"] | None
     theta_hash: Digest
 
 
@@ -190,8 +191,8 @@ class Snapshot:
     """
 
     model_version: Count
-    theta: Float32[np.ndarray, "n"]
-    moments: tuple[Float32[np.ndarray, "n"], ...]
+    theta: Float32[np.ndarray, "_n"]
+    moments: tuple[Float32[np.ndarray, "_n"], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,9 +237,9 @@ class DeviceReport:
     guide_version: int
     num_examples: Count
     outcome: Outcome
-    column_slopes: Float32[np.ndarray, "k"]
-    random_slopes: Float32[np.ndarray, "P"]
-    estimate: Float32[np.ndarray, "n"] | None
+    column_slopes: Float32[np.ndarray, "_k"]
+    random_slopes: Float32[np.ndarray, "_P"]
+    estimate: Float32[np.ndarray, "_n"] | None
     forward_passes: Count
 
 
@@ -254,7 +255,7 @@ class RandomSlopes:
 
     group: Count
     num_examples: Count
-    slopes: Float32[np.ndarray, "P"]
+    slopes: Float32[np.ndarray, "_P"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,10 +280,10 @@ class EdgeReport:
     num_devices: Count
     num_examples: Count
     dropped: dict[Outcome, int]
-    column_slopes: Float32[np.ndarray, "k"]
-    column_squares: Float32[np.ndarray, "k"]
+    column_slopes: Float32[np.ndarray, "_k"]
+    column_squares: Float32[np.ndarray, "_k"]
     random_slopes: tuple[RandomSlopes, ...]
-    estimate: Float32[np.ndarray, "n"] | None
+    estimate: Float32[np.ndarray, "_n"] | None
     forward_passes: Count
 
 

@@ -48,7 +48,7 @@ class Checkpoint:
     format_version: int
     config_hash: Digest
     snapshot: Snapshot
-    pool: tuple[Float32[np.ndarray, "n"], ...]
+    pool: tuple[Float32[np.ndarray, "_n"], ...]
 
 
 class RunDirectory:

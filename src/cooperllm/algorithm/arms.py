@@ -13,7 +13,7 @@ Dimension key: k columns of the span, P random probes per group, n trainable par
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -66,6 +66,7 @@ class Coordinates:
     observed: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
+@runtime_checkable
 class Arm(Protocol):
     """One method, as three choices."""
 

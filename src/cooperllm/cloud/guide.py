@@ -11,7 +11,7 @@ Dimension key: B public examples, C classes, k columns, n trainable parameters.
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from cooperllm.algorithm import noise
 from cooperllm.algorithm.arms import GuideSource
 
 
+@runtime_checkable
 class DifferentiableModel(Protocol):
     """What the cloud needs of a model; `cooperllm.models.Model` is one."""
 

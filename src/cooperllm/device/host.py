@@ -1,7 +1,7 @@
 """The devices that live in one process: they share the base model and, being bitwise equal, one replica."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cooperllm.algorithm import replay
 from cooperllm.algorithm.replay import Replica
@@ -12,6 +12,7 @@ from cooperllm.link.codec import decode, encode
 from cooperllm.messages import Order, Update
 
 
+@runtime_checkable
 class TrainingRuntime(Runtime, Trainer, Protocol):
     """A runtime that can also back-propagate, for the bound."""
 

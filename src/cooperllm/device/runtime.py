@@ -1,7 +1,7 @@
 """The seam between a device's work and whatever computes its forward passes."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -9,6 +9,7 @@ from jaxtyping import Float32
 from cooperllm.algorithm.zeroth_order import Evaluate
 
 
+@runtime_checkable
 class Runtime(Protocol):
     """A model and one device's private examples; PyTorch today, an inference runtime without it next."""
 
@@ -29,6 +30,7 @@ class Runtime(Protocol):
         ...
 
 
+@runtime_checkable
 class Trainer(Protocol):
     """Back-propagation on a device: only the bound needs it."""
 

@@ -4,7 +4,7 @@ No graph is built, no gradient is kept, and θ enters as views of a perturbed co
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cooperllm.algorithm.zeroth_order import Evaluate
 
 
+@runtime_checkable
 class ForwardModel(Protocol):
     """What the runtime needs of a model; `cooperllm.models.Model` is one."""
 

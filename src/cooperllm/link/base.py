@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cooperllm.messages import DeviceReport, Order
 
@@ -24,6 +24,7 @@ class Exchange:
     lost: Sequence[int]
 
 
+@runtime_checkable
 class Link(Protocol):
     """Carries orders to devices and reports back."""
 
@@ -32,6 +33,7 @@ class Link(Protocol):
         ...
 
 
+@runtime_checkable
 class Devices(Protocol):
     """The devices of one process: bytes in, bytes out."""
 

@@ -1,0 +1,217 @@
+"""The edge: devices get what they miss, and only usable reports count.
+
+Run: pytest tests/unit/test_edge.py
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cooperllm.algorithm import noise, replay
+from cooperllm.config import OptimizerConfig
+from cooperllm.device.probe import catch_up
+from cooperllm.edge import Edge, group_of
+from cooperllm.link.codec import encode
+from cooperllm.messages import DeviceReport, Grouping, LocalTraining, Outcome, Plan, Probes, RandomTerm, Update
+
+SIZE = 64
+OPTIMIZER = OptimizerConfig()
+PROBES = Probes(measures_columns=True, num_random=2, grouping=Grouping.DEVICE, column_scale=1.0, random_scale=1.0)
+
+
+def history(count):
+    """Sealed updates and the replica at every version."""
+    replicas, updates = [replay.start(noise.gaussian(1, 0, SIZE), OPTIMIZER)], []
+    for version in range(count):
+        update = Update(
+            round_index=version,
+            model_version=version,
+            seed=version,
+            learning_rate=0.1,
+            guide=None,
+            column_coefficients=np.zeros(0, np.float32),
+            random_terms=(RandomTerm(group=0, coefficients=np.ones(1, np.float32)),),
+            dense=None,
+            theta_hash=bytes(16),
+        )
+        sealed, after = replay.seal(replicas[-1], update, OPTIMIZER)
+        updates.append(sealed)
+        replicas.append(after)
+    return updates, replicas
+
+
+def plan(replica, *, cohort=(0, 1, 2, 3), probes=PROBES, guide_version=-1):
+    return Plan(
+        round_index=replica.model_version,
+        model_version=replica.model_version,
+        guide_version=guide_version,
+        theta_hash=replica.state_hash,
+        seed=5,
+        cohort=cohort,
+        batch_size=4,
+        guide=None,
+        guide_hash=bytes(16),
+        probes=probes,
+        local_training=None if probes else LocalTraining(num_steps=1, learning_rate=0.1),
+    )
+
+
+def answer(device_id, asked, **changes):
+    report = DeviceReport(
+        device_id=device_id,
+        round_index=asked.round_index,
+        model_version=asked.model_version,
+        guide_version=asked.guide_version,
+        num_examples=4,
+        outcome=Outcome.OK,
+        column_slopes=np.array([device_id, 1], np.float32),
+        random_slopes=np.array([device_id, -1], np.float32),
+        estimate=None,
+        forward_passes=8,
+    )
+    return replace(report, **changes)
+
+
+def remembering(edge, updates, num_bytes):
+    for update in updates:
+        edge.remember(update, num_bytes)
+    return edge
+
+
+def test_only_the_edges_own_devices_of_the_cohort_are_asked_in_order():
+    _, (replica,) = history(0)
+    orders = Edge(1, [5, 1, 3]).fan_out(plan(replica, cohort=(9, 3, 0, 1)), replica)
+    assert [order.device_id for order in orders] == [1, 3]
+
+
+def test_a_device_gets_exactly_the_updates_it_has_missed():
+    updates, replicas = history(3)
+    edge = remembering(Edge(0, [0, 1]), updates, 100)
+    edge.note_version([1], 2)
+    first, second = edge.fan_out(plan(replicas[3]), replicas[3])
+    assert [update.model_version for update in first.updates] == [0, 1, 2]
+    assert [update.model_version for update in second.updates] == [2]
+    assert first.snapshot is second.snapshot is None
+    for order, known in ((first, 0), (second, 2)):
+        assert catch_up(replicas[known], order, OPTIMIZER).state_hash == replicas[3].state_hash
+
+
+def test_the_shorter_of_updates_and_snapshot_is_sent():
+    """θ and one moment of 64 float32 are 512 bytes: two updates of 256 bytes are no longer than that, of 257 they are."""
+    updates, replicas = history(2)
+    (order,) = remembering(Edge(0, [0]), updates, 256).fan_out(plan(replicas[2]), replicas[2])
+    assert (len(order.updates), order.snapshot) == (2, None)
+    (order,) = remembering(Edge(0, [0]), updates, 257).fan_out(plan(replicas[2]), replicas[2])
+    assert order.updates == ()
+    assert catch_up(replicas[0], order, OPTIMIZER).state_hash == replicas[2].state_hash
+
+
+def test_a_device_that_answered_gets_only_what_came_after():
+    updates, replicas = history(2)
+    edge = remembering(Edge(0, [0, 1]), updates[:1], 100)
+    asked = plan(replicas[1])
+    edge.fold(asked, [answer(0, asked)], lost=1)
+    edge.remember(updates[1], 100)
+    answered, lost = edge.fan_out(plan(replicas[2]), replicas[2])
+    assert [update.model_version for update in answered.updates] == [1]
+    assert [update.model_version for update in lost.updates] == [0, 1]
+
+
+def test_a_device_that_answered_another_version_is_not_taken_to_have_this_one():
+    """Its report shows that it computed at version 0: it still lacks the first update."""
+    updates, replicas = history(2)
+    edge = remembering(Edge(0, [0]), updates[:1], 100)
+    stale, asked = plan(replicas[0]), plan(replicas[1])
+    edge.fold(asked, [answer(0, stale)])
+    edge.remember(updates[1], 100)
+    (order,) = edge.fan_out(plan(replicas[2]), replicas[2])
+    assert [update.model_version for update in order.updates] == [0, 1]
+
+
+def test_fold_is_the_weighted_mean_of_usable_reports():
+    _, (replica,) = history(0)
+    asked = plan(replica)
+    found = Edge(7, range(4)).fold(asked, [answer(2, asked, num_examples=3, forward_passes=12), answer(0, asked, num_examples=1)])
+    assert (found.edge_id, found.num_devices, found.num_examples, found.dropped, found.forward_passes) == (7, 2, 4, {}, 12)
+    assert found.column_slopes.tolist() == [1.5, 1]
+    assert found.column_squares.tolist() == [3, 1]
+    assert [(group.group, group.num_examples, group.slopes.tolist()) for group in found.random_slopes] == [(0, 1, [0, -1]), (2, 3, [2, -1])]
+    assert found.estimate is None
+
+
+def test_estimates_are_averaged_where_the_plan_asked_for_them():
+    _, (replica,) = history(0)
+    asked = plan(replica, probes=None)
+    nothing = np.zeros(0, np.float32)
+    parts = {"column_slopes": nothing, "random_slopes": nothing}
+    reports = [answer(i, asked, estimate=np.full(SIZE, i, np.float32), num_examples=1 + i, **parts) for i in (0, 3)]
+    found = Edge(0, range(4)).fold(asked, reports)
+    assert found.estimate.tolist() == [float(np.float32(3 * 4 / 5))] * SIZE
+    assert found.random_slopes == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({"outcome": Outcome.NON_FINITE_LOSS}, Outcome.NON_FINITE_LOSS),
+        ({"outcome": Outcome.MISMATCH}, Outcome.MISMATCH),
+        ({"round_index": 1}, Outcome.MISMATCH),
+        ({"model_version": 1}, Outcome.MISMATCH),
+        ({"guide_version": 0}, Outcome.MISMATCH),
+        ({"model_version": 1, "outcome": Outcome.NON_FINITE_LOSS}, Outcome.MISMATCH),
+        ({"num_examples": 0}, Outcome.MISMATCH),
+        ({"random_slopes": np.zeros(1, np.float32)}, Outcome.MISMATCH),
+        ({"column_slopes": np.zeros(3, np.float32)}, Outcome.MISMATCH),
+        ({"column_slopes": np.zeros(1, np.float32)}, Outcome.MISMATCH),
+        ({"column_slopes": np.array([np.nan, 1], np.float32)}, Outcome.NON_FINITE_LOSS),
+        ({"random_slopes": np.array([np.inf, 1], np.float32)}, Outcome.NON_FINITE_LOSS),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value.name,
+)
+def test_an_unusable_report_is_counted_under_its_outcome_and_changes_no_number(changes, outcome):
+    """Whatever a device says of itself: one bad report must not stop a round or reach θ."""
+    _, (replica,) = history(0)
+    asked = plan(replica)
+    good = [answer(0, asked), answer(1, asked)]
+    found = Edge(0, range(4)).fold(asked, [*good, answer(2, asked, **changes)])
+    assert found.dropped == {outcome: 1}
+    assert encode(replace(found, dropped={})) == encode(Edge(0, range(4)).fold(asked, good))
+
+
+def test_lost_devices_are_counted_beside_the_others():
+    _, (replica,) = history(0)
+    asked = plan(replica)
+    found = Edge(0, range(6)).fold(asked, [answer(0, asked), answer(1, asked, outcome=Outcome.LOST), answer(2, asked, round_index=9)], lost=3)
+    assert found.dropped == {Outcome.LOST: 4, Outcome.MISMATCH: 1}
+    assert found.num_devices == 1
+
+
+def test_no_usable_report_weighs_nothing():
+    _, (replica,) = history(0)
+    asked = plan(replica)
+    found = Edge(0, range(4)).fold(asked, [answer(0, asked, outcome=Outcome.NON_FINITE_LOSS)], lost=2)
+    assert (found.num_devices, found.num_examples) == (0, 0)
+    assert len(found.column_slopes) == len(found.column_squares) == len(found.random_slopes) == 0
+    assert found.dropped == {Outcome.NON_FINITE_LOSS: 1, Outcome.LOST: 2}
+
+
+@pytest.mark.parametrize(("grouping", "expected"), [(Grouping.SHARED, 0), (Grouping.EDGE, 4), (Grouping.DEVICE, 17)])
+def test_group_says_who_shares_directions(grouping, expected):
+    _, (replica,) = history(0)
+    asked = plan(replica, probes=replace(PROBES, grouping=grouping))
+    assert group_of(asked, edge_id=4, device_id=17) == expected
+    (order,) = Edge(4, [17]).fan_out(replace(asked, cohort=(17,)), replica)
+    assert order.group == expected
+
+
+def test_a_plan_without_probes_has_one_group():
+    _, (replica,) = history(0)
+    assert group_of(plan(replica, probes=None), edge_id=4, device_id=17) == 0
+
+
+def test_devices_of_one_group_are_folded_into_one_entry():
+    _, (replica,) = history(0)
+    asked = plan(replica, probes=replace(PROBES, grouping=Grouping.EDGE))
+    (group,) = Edge(4, range(4)).fold(asked, [answer(0, asked, num_examples=1), answer(3, asked, num_examples=2)]).random_slopes
+    assert (group.group, group.num_examples, group.slopes.tolist()) == (4, 3, [2, -1])
