@@ -27,7 +27,7 @@ from cooperllm.session import rounds_to
 TASKS = ("sentiment-shift", "missing-topics")
 GRIDS = {
     ArmName.MEZO_FL: (0.001, 0.002, 0.004),
-    ArmName.MEASURED: (0.015, 0.03, 0.06, 0.12),
+    ArmName.MEASURED: (0.03, 0.06, 0.12),
     ArmName.CLOUD_ONLY: (0.01, 0.03, 0.06, 0.12),
     ArmName.PAPER: (0.1, 0.3, 1.0),
     ArmName.FEDAVG_BP: (0.015, 0.03, 0.06),

@@ -23,57 +23,92 @@ DATA, INITIAL = 1 << 32, 2 << 32
 """Children of the run's seed; rounds are its first 2³² children."""
 
 
-@dataclass(frozen=True)
-class Assembly:
-    """Everything a run is made of, built when first asked for and kept.
+class Material:
+    """The model and the tokenised texts of a run, loaded when first asked for and kept.
 
-    Attributes:
-        config: The run's settings.
-        directory: The run on disk, whose log stands for the disks of its devices.
+    Arms that are compared share it: they see the same bytes, and the frozen prefix of an example is computed once for all of them.
     """
 
-    config: RunConfig
-    directory: RunDirectory
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    def fits(self, config: RunConfig) -> bool:
+        """Tells whether another run has the same model, data, devices and seed."""
+        mine = self._config
+        return (mine.model, mine.data, mine.federation, mine.seed) == (config.model, config.data, config.federation, config.seed)
+
+    def check(self) -> None:
+        """Loads everything that a mistake of the user's could be in, before anything is written.
+
+        Raises:
+            ConfigError: See `data.load`, `data.partition` and `models.load`.
+        """
+        assert self.shards, "a partition has at least one device"
+        assert self.model.layout.size, "a model has something to train"
 
     @cached_property
     def task(self) -> Task:
         """Texts and labels."""
-        return data.load(self.config.data, self.config.federation, noise.derive(self.config.seed, DATA))
+        return data.load(self._config.data, self._config.federation, noise.derive(self._config.seed, DATA))
 
     @cached_property
-    def shards(self) -> list[Int64[np.ndarray, "size"]]:
+    def shards(self) -> list[Int64[np.ndarray, "_size"]]:
         """Private examples of each device."""
-        return data.partition(self.task.private, self.config.federation, noise.derive(self.config.seed, DATA))
+        return data.partition(self.task.private, self._config.federation, noise.derive(self._config.seed, DATA))
 
     @cached_property
     def model(self) -> Model:
         """The network."""
-        return models.load(self.config.model, len(self.task.label_names))
+        return models.load(self._config.model, len(self.task.label_names))
 
     @cached_property
-    def start(self) -> Replica:
-        """The state that every tier begins with."""
-        theta = self.model.initial_parameters(noise.derive(self.config.seed, INITIAL))
-        return replay.start(theta, self.config.optimizer)
+    def public(self) -> Examples:
+        """The cloud's examples."""
+        return self._encoded(self.task.public)
 
     @cached_property
-    def test(self) -> Examples:
-        """Examples that judge the run."""
-        return self.encode(self.task.test)
+    def private(self) -> Examples:
+        """The devices' examples."""
+        return self._encoded(self.task.private)
 
     @cached_property
     def validation(self) -> Examples:
         """Examples for choosing settings."""
-        return self.encode(self.task.validation)
+        return self._encoded(self.task.validation)
 
-    def encode(self, texts: Texts) -> Examples:
-        """Tokenises texts for the run's model."""
+    @cached_property
+    def test(self) -> Examples:
+        """Examples that judge the run."""
+        return self._encoded(self.task.test)
+
+    def _encoded(self, texts: Texts) -> Examples:
         return self.model.encode(texts.texts, texts.second_texts, texts.labels)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The rooms of one run.
+
+    Attributes:
+        config: The run's settings.
+        directory: The run on disk, whose log stands for the disks of its devices.
+        material: Model and texts.
+    """
+
+    config: RunConfig
+    directory: RunDirectory
+    material: Material
+
+    @cached_property
+    def start(self) -> Replica:
+        """The state that every tier begins with."""
+        theta = self.material.model.initial_parameters(noise.derive(self.config.seed, INITIAL))
+        return replay.start(theta, self.config.optimizer)
 
     def cloud(self) -> Cloud:
         """Builds the cloud at version 0."""
         arm = self.config.arm
-        maker = GuideMaker(self.model, self.encode(self.task.public), arm.public_batch_size, arm.pool_size)
+        maker = GuideMaker(self.material.model, self.material.public, arm.public_batch_size, arm.pool_size)
         return Cloud(self.config, self.start, maker)
 
     def edges(self) -> list[Edge]:
@@ -83,12 +118,28 @@ class Assembly:
 
     def devices(self) -> Host:
         """Builds every device of the run in this process."""
-        examples = self.encode(self.task.private)
-        runtimes = [TorchForward(self.model, examples, shard.tolist(), self.config.memory_mib) for shard in self.shards]
+        material = self.material
+        runtimes = [TorchForward(material.model, material.private, shard.tolist(), self.config.memory_mib) for shard in material.shards]
         return Host(runtimes, self.start, self.config.optimizer, self.directory.updates)
 
 
+def assemble(directory: RunDirectory, material: Material | None = None) -> Assembly:
+    """Builds a run from nothing but its directory.
+
+    Args:
+        directory: A run directory.
+        material: Model and texts of another run, used again where they are the same.
+
+    Returns:
+        The assembly.
+
+    Raises:
+        RunDirectoryError: If the configuration is missing or damaged.
+    """
+    config = directory.config()
+    return Assembly(config, directory, material if material is not None and material.fits(config) else Material(config))
+
+
 def make_devices(path: Path) -> Host:
-    """Builds the devices of a run from nothing but its directory, as a process of its own does."""
-    directory = RunDirectory(path)
-    return Assembly(directory.config(), directory).devices()
+    """Builds the devices of a run in a process of its own."""
+    return assemble(RunDirectory(path)).devices()

@@ -254,8 +254,8 @@ class ArmConfig:
     random_scale: float = 1e-3
     guide_bits: int = 8
     public_batch_size: int = 64
-    residual_queries: int = 0
-    effective_rank: float = 4000.0
+    residual_queries: int = 2
+    effective_rank: float = 200.0
     public_weight: float = 0.5
     blend: float = 0.5
     blend_scale: float = 1.0
@@ -271,7 +271,7 @@ class ArmConfig:
         for name in ("queries", "public_batch_size", "pool_size", "local_steps"):
             _check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
         _check(self.guide_bits in {4, 8, 32}, "arm.guide_bits", self.guide_bits, "4, 8 or 32")
-        _check(0 <= self.residual_queries < self.queries, "arm.residual_queries", self.residual_queries, f"0 to {self.queries - 1}")
+        _check(self.residual_queries >= 0, "arm.residual_queries", self.residual_queries, ">= 0")
         _check(self.effective_rank >= 0, "arm.effective_rank", self.effective_rank, ">= 0")
         _check(0 <= self.public_weight <= 1, "arm.public_weight", self.public_weight, "in [0, 1]")
         _check(0 < self.blend <= 1, "arm.blend", self.blend, "in (0, 1]")
@@ -353,9 +353,24 @@ def from_plain(values: object, *, where: str) -> RunConfig:
         True
     """
     try:
-        return msgspec.convert(values, RunConfig)
+        config = msgspec.convert(values, RunConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {error}") from error
+    unknown = _unknown_keys(values, to_plain(config))
+    if unknown:
+        raise ConfigError(f"{where}: {', '.join(unknown)} found, which is no setting; compare the spelling with `cooperllm.config`")
+    return config
+
+
+def _unknown_keys(found: Any, known: Any, path: str = "") -> list[str]:
+    if not isinstance(found, dict) or not isinstance(known, dict):
+        return []
+    pairs: dict[str, Any] = found
+    return [
+        name
+        for key, value in pairs.items()
+        for name in ([f"{path}{key}"] if key not in known else _unknown_keys(value, known[key], f"{path}{key}."))
+    ]
 
 
 def _check(holds: bool, where: str, found: object, expected: str) -> None:  # noqa: FBT001 -- the condition itself

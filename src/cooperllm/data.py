@@ -5,6 +5,7 @@ parts on which every arm is tuned and judged.
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +163,10 @@ def partition(private: Texts, federation: FederationConfig, seed: int) -> list[I
         partitioner = NaturalIdPartitioner(partition_by="group")
     partitioner.dataset = table
     try:
-        found = int(partitioner.num_partitions)
-        shards = [np.sort(np.array(partitioner.load_partition(device)["index"], np.int64)) for device in range(found)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it draws again when a device is left empty, and fails if that does not help
+            found = int(partitioner.num_partitions)
+            shards = [np.sort(np.array(partitioner.load_partition(device)["index"], np.int64)) for device in range(found)]
     except ValueError as error:
         raise ConfigError(
             f"federation.dirichlet_alpha: {federation.dirichlet_alpha} leaves one of {count} devices without examples; "
@@ -195,7 +198,7 @@ def _read(source: SourceConfig, side: str, group_column: str | None, seed: int) 
     else:
         parts = _read_hub(source, side)
     _require_columns(source, side, parts, group_column)
-    return _split(parts, seed)
+    return _split(parts, seed) if side == "private" else parts
 
 
 def _read_file(path: Path, side: str) -> Any:

@@ -105,7 +105,7 @@ class LocalTraining:
     """
 
     num_steps: Positive
-    learning_rate: float
+    learning_rate: Annotated[float, Meta(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +122,7 @@ class Plan:
         batch_size: Examples per device.
         guide: Packed guide, or None.
         guide_hash: Digest of the decoded, orthonormal span; empty span without a guide.
+        num_columns: Columns k of that span.
         probes: Slopes to measure, or None.
         local_training: The alternative to probes, or None.
     """
@@ -135,6 +136,7 @@ class Plan:
     batch_size: Positive
     guide: Guide | None
     guide_hash: Digest
+    num_columns: Count
     probes: Probes | None = None
     local_training: LocalTraining | None = None
     format_version: int = FORMAT_VERSION
@@ -172,7 +174,7 @@ class Update:
     round_index: Count
     model_version: Count
     seed: Seed
-    learning_rate: float
+    learning_rate: Annotated[float, Meta(ge=0)]
     guide: Guide | None
     column_coefficients: Float32[np.ndarray, "_k"]
     random_terms: tuple[RandomTerm, ...]
@@ -279,7 +281,7 @@ class EdgeReport:
     round_index: Count
     num_devices: Count
     num_examples: Count
-    dropped: dict[Outcome, int]
+    dropped: dict[Outcome, Count]
     column_slopes: Float32[np.ndarray, "_k"]
     column_squares: Float32[np.ndarray, "_k"]
     random_slopes: tuple[RandomSlopes, ...]

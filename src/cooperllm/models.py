@@ -70,9 +70,9 @@ class Examples:
         states: Hidden states entering the first adapted layer, by example, each [T, H].
     """
 
-    token_ids: list[Int64[np.ndarray, "T"]]
+    token_ids: list[Int64[np.ndarray, "_T"]]
     labels: Int64[np.ndarray, "N"]
-    states: dict[int, Float[Tensor, "T H"]] = field(default_factory=dict)
+    states: dict[int, Float[Tensor, "_T H"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -298,14 +298,15 @@ def load(config: ModelConfig, num_classes: int) -> Model:
     if num_classes < 2:
         raise ConfigError(f"labels: found {num_classes} classes, expected at least 2")
     causal = config.objective is Objective.LABEL_WORDS
-    backbone, tokenizer = _pretrained(config.name, causal=causal)
-    backbone.requires_grad_(config.adapter is AdapterKind.FULL)
-    network = _adapted(backbone, config)
-    if causal:
-        if len(config.label_words) != num_classes:
-            raise ConfigError(f"model.label_words: found {config.label_words}, expected {num_classes} words, one per class")
-        return Model(config, LabelWords(network, _word_ids(tokenizer, config.label_words)), tokenizer, num_classes)
-    return Model(config, PooledClassifier(network, backbone.config.hidden_size, num_classes), tokenizer, num_classes)
+    with torch.random.fork_rng(devices=[]):  # PyTorch and PEFT draw initial values, which θ_0 replaces
+        backbone, tokenizer = _pretrained(config.name, causal=causal)
+        backbone.requires_grad_(config.adapter is AdapterKind.FULL)
+        network = _adapted(backbone, config)
+        if not causal:
+            return Model(config, PooledClassifier(network, backbone.config.hidden_size, num_classes), tokenizer, num_classes)
+    if len(config.label_words) != num_classes:
+        raise ConfigError(f"model.label_words: found {config.label_words}, expected {num_classes} words, one per class")
+    return Model(config, LabelWords(network, _word_ids(tokenizer, config.label_words)), tokenizer, num_classes)
 
 
 def _pretrained(name: str, *, causal: bool) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ class RoundResult:
         public_loss: Loss of the cloud's public batch, or None.
         forward_passes: Forward passes of one batch, all devices together.
         queries: Two-point queries of one device.
-        answered: Devices that sent a report.
+        answered: Devices that sent a report of this version.
         bytes_down: Bytes to devices.
         bytes_up: Bytes from devices.
         bytes_between: Bytes between cloud and edges, both ways.
@@ -82,7 +82,7 @@ def run_round(cloud: Cloud, edges: Sequence[Edge], link: Link) -> RoundResult:
         public_loss=prepared.public_loss,
         forward_passes=sum(report.forward_passes for report in exchange.reports),
         queries=_queries(prepared),
-        answered=tuple(sorted(by_device)),
+        answered=tuple(sorted(r.device_id for r in exchange.reports if r.model_version == plan.model_version)),
         bytes_down=exchange.bytes_down,
         bytes_up=exchange.bytes_up,
         bytes_between=len(edges) * (len(packed_plan) + len(packed_update)) + sum(map(len, folded)),

@@ -75,6 +75,8 @@ class RunDirectory:
         Raises:
             RunDirectoryError: If something is there already, or nothing can be written.
         """
+        if path.exists() and not path.is_dir():
+            raise RunDirectoryError(f"{path}: a file is in the way; choose another directory for the run")
         if path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
             raise RunDirectoryError(f"{path}: the directory is not empty; choose another, or continue it with `cooperllm resume {path}`")
         directory = cls(path)
@@ -135,6 +137,11 @@ class RunDirectory:
         """
         updates, end = self._read_log()
         lines = self._whole_lines()
+        if abs(len(lines) - len(updates)) > 1:
+            raise RunDirectoryError(
+                f"{self.path}: replay.log holds {len(updates)} rounds and rounds.jsonl {len(lines)}: a crash leaves at most one "
+                "between them, so one of the files is damaged; restore it from a backup; nothing was changed"
+            )
         if len(lines) < len(updates):
             updates, end = self._read_log(len(lines))
         with _writing(self.path):
@@ -229,7 +236,13 @@ class RunDirectory:
                     f"{file} is damaged: record {len(updates)} at byte {position} fails its checksum; restore the file from a "
                     "backup or start a new run; nothing was changed"
                 )
-            updates.append(decode(body, Update))
+            try:
+                updates.append(decode(body, Update))
+            except DecodeError as error:
+                raise RunDirectoryError(
+                    f"{file} is of another version or damaged: record {len(updates)} at byte {position} is no update ({error}); "
+                    "nothing was changed"
+                ) from error
             position += RECORD.size + length
         return updates, position
 

@@ -20,7 +20,7 @@ import torch
 
 from cooperllm import report
 from cooperllm.algorithm import replay
-from cooperllm.assembly import Assembly, make_devices
+from cooperllm.assembly import Assembly, Material, assemble, make_devices
 from cooperllm.cloud import Cloud
 from cooperllm.config import ArmName, EngineName, RunConfig, to_plain
 from cooperllm.edge import Edge
@@ -72,8 +72,9 @@ def run(config: RunConfig, directory: Path | str, observe: Observer | None = Non
     Raises:
         CooperLLMError: See `cooperllm.errors`; what was done so far stays in the directory.
     """
-    files = RunDirectory.create(Path(directory), config)
-    return _continued(files, observe)
+    material = Material(config)
+    material.check()
+    return _continued(RunDirectory.create(Path(directory), config), material, observe)
 
 
 def compare(configs: Sequence[RunConfig], directory: Path | str, observe: Observer | None = None) -> Run:
@@ -93,6 +94,7 @@ def compare(configs: Sequence[RunConfig], directory: Path | str, observe: Observ
     path = Path(directory)
     if path.exists() and any(path.iterdir()):
         raise RunDirectoryError(f"{path}: the directory is not empty; choose another, or continue it with `cooperllm resume {path}`")
+    Material(configs[0]).check()
     for config in configs:
         RunDirectory.create(path / config.arm.name.value, config)
     RunDirectory(path).write_json("comparison.json", {"arms": [config.arm.name.value for config in configs]})
@@ -115,8 +117,9 @@ def resume(directory: Path | str, observe: Observer | None = None) -> Run:
     path = Path(directory)
     names = _compared(path)
     if not names:
-        return _continued(RunDirectory(path), observe)
-    runs = [_continued(RunDirectory(path / name), observe) for name in names]
+        return _continued(RunDirectory(path), None, observe)
+    material = Material(RunDirectory(path / names[0]).config())
+    runs = [_continued(RunDirectory(path / name), material, observe) for name in names]
     summary = runs[0].summary | {"arms": {name: part for run in runs for name, part in run.summary["arms"].items()}}
     summary["command"] = f"cooperllm compare {summary['recipe']} --arms {','.join(names)} --seed {summary['seed']}"
     return _reported(RunDirectory(path), summary)
@@ -144,9 +147,8 @@ def export(directory: Path | str, target: Path | str, arm: str | None = None) ->
             raise RunDirectoryError(f"{path}: no arm {arm!r}; expected one of {', '.join(names)}")
         path = path / chosen
     files = RunDirectory(path)
-    assembly = Assembly(files.config(), files)
-    cloud = _restored(files, assembly, files.updates(), [])
-    assembly.model.save_adapter(cloud.replica.theta, Path(target), assembly.task.label_names)
+    assembly = assemble(files)
+    _save(assembly, _restored(files, assembly, files.updates(), []), Path(target))
     return Path(target)
 
 
@@ -161,11 +163,11 @@ def _compared(path: Path) -> list[str]:
         raise RunDirectoryError(f"{file} is damaged ({error}); it lists the arms, one directory each; nothing was changed") from error
 
 
-def _continued(files: RunDirectory, observe: Observer | None) -> Run:
-    config = files.config()
+def _continued(files: RunDirectory, material: Material | None, observe: Observer | None) -> Run:
+    assembly = assemble(files, material)
+    config = assembly.config
     with files.locked():
         updates = files.repair()
-        assembly = Assembly(config, files)
         if len(updates) < config.num_rounds:
             _carried_by(config, assembly, partial(_train, files, assembly, updates, observe))
         return _finished(files, assembly)
@@ -212,7 +214,7 @@ def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update]
             f"{files.path / 'checkpoint.bin'} belongs to another configuration; delete it: the replay log alone is enough"
         )
     if checkpoint is not None and checkpoint.snapshot.model_version <= len(updates):
-        cloud.restore(replay.restore(checkpoint.snapshot, assembly.model.layout.size), checkpoint.pool)
+        cloud.restore(replay.restore(checkpoint.snapshot, assembly.material.model.layout.size), checkpoint.pool)
     for update in updates[cloud.replica.model_version :]:
         cloud.replay(update)
     figures = files.rounds() if edges else []
@@ -229,10 +231,10 @@ def _checkpoint(config: RunConfig, cloud: Cloud) -> Checkpoint:
 
 def _evaluated(assembly: Assembly, cloud: Cloud) -> dict[str, float]:
     """Accuracy and mean loss of the current θ on the held-out texts."""
-    accuracy, loss = _judged(assembly.model, assembly.test, cloud)
+    accuracy, loss = _judged(assembly.material.model, assembly.material.test, cloud)
     figures = {"accuracy": accuracy, "loss": loss}
     if assembly.config.validates:
-        figures["validation_accuracy"] = _judged(assembly.model, assembly.validation, cloud)[0]
+        figures["validation_accuracy"] = _judged(assembly.material.model, assembly.material.validation, cloud)[0]
     return figures
 
 
@@ -279,23 +281,27 @@ def _finished(files: RunDirectory, assembly: Assembly) -> Run:
     config = assembly.config
     updates, rounds = files.updates(), files.rounds()
     cloud = _restored(files, assembly, updates, [])
-    assembly.model.save_adapter(cloud.replica.theta, files.path / "adapter", assembly.task.label_names)
+    _save(assembly, cloud, files.path / "adapter")
     name = config.arm.name.value
     summary = {
         "recipe": config.recipe,
         "seed": config.seed,
         "model": config.model.name,
-        "num_parameters": assembly.model.layout.size,
+        "num_parameters": assembly.material.model.layout.size,
         "num_rounds": config.num_rounds,
         "version": version("cooperllm"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "command": f"cooperllm run {config.recipe} --arm {name} --seed {config.seed}",
-        "notices": list(assembly.task.notices),
+        "notices": list(assembly.material.task.notices),
         "config": to_plain(config),
         "arms": {name: _arm_summary(config, rounds)},
     }
     return _reported(files, summary)
+
+
+def _save(assembly: Assembly, cloud: Cloud, target: Path) -> None:
+    assembly.material.model.save_adapter(cloud.replica.theta, target, assembly.material.task.label_names)
 
 
 def _arm_summary(config: RunConfig, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def orders(num_devices: int = NUM_DEVICES, round_index: int = 0, guide_bytes: in
         batch_size=16,
         guide=Guide(kind=GuideKind.DIRECTIONS, payload=bytes(guide_bytes), has_momentum=False),
         guide_hash=bytes(16),
+        num_columns=2,
         probes=Probes(measures_columns=True, num_random=2, grouping=Grouping.SHARED, column_scale=0.01, random_scale=0.01),
     )
     return [Order(device_id=device_id, group=0, plan=plan, updates=(), snapshot=None) for device_id in range(num_devices)]

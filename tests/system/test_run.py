@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import cooperllm
-from cooperllm import session
 from cooperllm.algorithm import replay
-from cooperllm.assembly import Assembly
+from cooperllm.assembly import Assembly, assemble
 from cooperllm.config import AdapterKind, ArmName, EngineName, OptimizerConfig, OptimizerKind, Rectification
 from cooperllm.errors import QuorumError, RunDirectoryError
 from cooperllm.link.loopback import Loopback
@@ -48,7 +47,7 @@ def interrupt_after(number):
 def test_every_arm_leaves_a_log_that_a_stranger_can_replay_bit_for_bit(tmp_path, arm):
     run = cooperllm.run(tiny(arm), tmp_path / "run")
     files = RunDirectory(run.path)
-    replica = Assembly(files.config(), files).start
+    replica = assemble(files).start
     for update in files.updates():
         replica = replay.apply(replica, update, files.config().optimizer)  # raises unless the digest is the cloud's
     assert replica.model_version == 4
@@ -173,19 +172,19 @@ def test_a_missed_quorum_stops_the_run_with_a_sentence_and_resumes_later(tmp_pat
 
 
 def poison_device(monkeypatch, device_id):
-    evaluate = session.Assembly.devices
+    evaluate = Assembly.devices
 
     def devices(assembly):
         host = evaluate(assembly)
         host._runtimes[device_id].evaluate = lambda chosen: (lambda points: np.full(len(points), np.nan, np.float32), 1)
         return host
 
-    monkeypatch.setattr(session.Assembly, "devices", devices)
+    monkeypatch.setattr(Assembly, "devices", devices)
 
 
 def test_probing_never_moves_theta(tmp_path):
     files = RunDirectory.create(tmp_path / "run", tiny())
-    assembly = Assembly(files.config(), files)
+    assembly = assemble(files)
     host = assembly.devices()
     cloud, edges = assembly.cloud(), assembly.edges()
     before = assembly.start.theta.tobytes()

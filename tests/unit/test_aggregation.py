@@ -34,6 +34,7 @@ def plan(grouping=Grouping.SHARED):
         batch_size=4,
         guide=None,
         guide_hash=bytes(16),
+        num_columns=3,
         probes=probes,
     )
 

@@ -44,6 +44,7 @@ def plan(probes=None):
         batch_size=4,
         guide=None,
         guide_hash=bytes(16),
+        num_columns=2,
         probes=probes,
     )
 
@@ -316,12 +317,32 @@ def test_a_public_gradient_that_points_elsewhere_gets_less_weight():
         assert elsewhere < right
 
 
+@pytest.mark.parametrize("cosine", [0.8, 0.6, 0.3])
+def test_the_plugged_in_weight_is_the_best_one_for_a_known_gradient(cosine):
+    """What eq. (4) asks for: dσ² = (E|g(v) v|²/Λ² - |E g_Z|²) / P, where E g_Z is ∇f along the guide and only β²α/n/Λ of it elsewhere."""
+    size, count, blend = 400, 1000, 0.5
+    private = gradient(size).astype(np.float64)
+    private /= np.linalg.norm(private)
+    other = gradient(size, 1) - (gradient(size, 1) @ private) * private
+    public = (cosine * private + math.sqrt(1 - cosine**2) * other / np.linalg.norm(other)).astype(np.float32)
+    isotropic, guide = blend_weights(1, size, blend, 1.0)
+    largest = isotropic**2 + guide**2
+    mean_square = isotropic**2 + guide**2 * cosine**2  # E g(v)², |v|² = β² = 1 up to 1/√n
+    mean_norm = cosine**2 + (isotropic**2 / largest) ** 2 * (1 - cosine**2)
+    expected = optimal_weight((mean_square / largest**2 - mean_norm) / count, float(np.sum((public - private) ** 2)), 0.0)
+    config = ArmConfig(rectification=Rectification.OPTIMAL, blend=blend, queries=count)
+    found = paper_step(config, orthonormalise([public], size), private.astype(np.float32), count, public=public).observed["weight"]
+    # g(v)² and |∇f|² are known to √(2/P) = 4.5 %, and |v|² to 1/√n = 5 %: together a third, with a margin of three.
+    assert found == pytest.approx(expected, rel=1 / 3)
+
+
 def test_rectification_mixes_the_public_gradient_into_the_whole_estimate():
     size = 40
-    private, public = gradient(size), gradient(size, 1)
+    private = gradient(size)
+    public = private + gradient(size, 1)
     span = orthonormalise([public], size)
-    plain = paper_step(ArmConfig(), span, private, 5, public=public)
-    mixed = paper_step(ArmConfig(rectification=Rectification.OPTIMAL), span, private, 5, public=public)
+    plain = paper_step(ArmConfig(blend=0.9), span, private, 5, public=public)
+    mixed = paper_step(ArmConfig(blend=0.9, rectification=Rectification.OPTIMAL), span, private, 5, public=public)
     weight = mixed.observed["weight"]
     assert 0 < weight < 1
     expected = weight * projection(span, public) + (1 - weight) * step(plain, span)
@@ -352,13 +373,16 @@ def test_mezo_weighs_every_devices_estimate_by_its_examples():
         for group, share in zip(reports.random_slopes, (3 / 4, 1 / 4), strict=True)
         for slope, z in zip(group.slopes, gaussians(group.group, 2, size), strict=True)
     )
-    assert np.abs(step(found, nothing) - expected).max() < 8 * UNIT * 4.33 * np.abs(np.concatenate([g.slopes for g in reports.random_slopes])).sum()
+    assert (
+        np.abs(step(found, nothing) - expected).max()
+        < 8 * UNIT * 4.33 * np.abs(np.concatenate([g.slopes for g in reports.random_slopes])).sum()
+    )
 
 
 def test_decomfl_over_two_edges_is_one_group_with_the_mean_of_all_devices():
     """Devices of both edges probe the same directions: two terms with the same group would count them twice."""
     decomfl = arm(ArmName.DECOMFL)
-    asked = plan(decomfl.probes(ArmConfig(queries=2), 0))
+    asked = plan(decomfl.probes(ArmConfig(queries=2, residual_queries=0), 0))
     nothing = np.zeros(0, np.float32)
     slopes = {0: [1, 2], 1: [3, -2], 2: [5, 0], 3: [-1, 4]}
     examples = {0: 1, 1: 2, 2: 3, 3: 2}
@@ -378,7 +402,9 @@ def test_decomfl_over_two_edges_is_one_group_with_the_mean_of_all_devices():
         for device_id, values in slopes.items()
     }
     folded = [Edge(1, [1, 3]).fold(asked, [reports[1], reports[3]]), Edge(0, [0, 2]).fold(asked, [reports[0], reports[2]])]
-    found = decomfl.combine(ArmConfig(queries=2), asked, np.zeros((0, 5), np.float32), nothing, state._measured(folded, 0))
+    found = decomfl.combine(
+        ArmConfig(queries=2, residual_queries=0), asked, np.zeros((0, 5), np.float32), nothing, state._measured(folded, 0)
+    )
     (term,) = found.random_terms
     assert term.group == 0
     mean = [sum(examples[i] * slopes[i][j] for i in slopes) / 8 for j in (0, 1)]

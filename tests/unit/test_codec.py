@@ -56,6 +56,7 @@ def plan():
         batch_size=4,
         guide=Guide(kind=GuideKind.DIRECTIONS, payload=b"CG\x01", has_momentum=True),
         guide_hash=bytes(16),
+        num_columns=2,
         probes=Probes(measures_columns=True, num_random=3, grouping=Grouping.EDGE, column_scale=0.5, random_scale=1e-3, blend=0.5),
     )
 
@@ -105,7 +106,10 @@ def refuses(data, kind):
 
 
 def test_a_term_is_written_as_documented():
-    assert msgspec.msgpack.decode(encode(RandomTerm(group=1, coefficients=np.array([1, -2], np.float32)))) == {"group": 1, "coefficients": ARRAY}
+    assert msgspec.msgpack.decode(encode(RandomTerm(group=1, coefficients=np.array([1, -2], np.float32)))) == {
+        "group": 1,
+        "coefficients": ARRAY,
+    }
 
 
 def test_arrays_keep_every_bit():

@@ -58,8 +58,8 @@ def test_thirty_two_bits_lose_nothing():
 def test_the_largest_entry_becomes_one_whatever_the_length(bits):
     given = columns(1, 600)
     decoded = unpack(pack(given, bits), 600)
-    # The scale of its block is rounded to half precision: a relative error of 2⁻¹¹.
-    assert np.abs(decoded).max() == pytest.approx(1, rel=2**-11)
+    # The scale is rounded up to half precision: at most one unit in the last place, 2**-10.
+    assert np.abs(decoded).max() == pytest.approx(1, rel=2**-10)
     for length in (2.0**-100, 2.0**100):
         assert pack(given * np.float32(length), bits) == pack(given, bits)
 
@@ -100,11 +100,15 @@ def test_odd_lengths_keep_their_last_nibble():
 
 
 def test_packing_the_same_columns_gives_the_golden_bytes():
-    """The layout is a protocol: columns [1, -1/2] with 8 bits are the header, one half-precision scale 1/127, and codes 127, -64; with 4
+    """The layout is a protocol: columns [1, -1/2] with 8 bits are the header, one half-precision scale 1/127, and codes 127, -63; with 4
     bits, two codes share a byte, the first in its low half, each raised by 8."""
     found = pack(np.array([[2, -1]], np.float32), 8)
-    assert found == struct.pack("<2sBBIQ", b"CG", 1, 8, 1, 2) + np.array([1 / 127], "<f2").tobytes() + bytes([127, 256 - 64])
-    assert pack(np.array([[7, -1, 3]], np.float32), 4)[HEADER.size :] == np.array([1 / 7], "<f2").tobytes() + bytes([15 | 7 << 4, 11 | 8 << 4])
+    # 1/127 and 1/7 lie between two half-precision numbers: the upper ones are 0x2009 and 0x3093, and 0.5 / 0x2009 rounds to 63.
+    assert found == struct.pack("<2sBBIQ", b"CG", 1, 8, 1, 2) + b"\x09\x20" + bytes([127, 256 - 63])
+    assert pack(np.array([[7, -1, 3]], np.float32), 4)[HEADER.size :] == b"\x93\x30" + bytes([
+        15 | 7 << 4,
+        11 | 8 << 4,
+    ])
 
 
 def test_no_columns_travel_as_a_header():

@@ -52,6 +52,7 @@ def plan(replica, *, cohort=(0, 1, 2, 3), probes=PROBES, guide_version=-1):
         batch_size=4,
         guide=None,
         guide_hash=bytes(16),
+        num_columns=2,
         probes=probes,
         local_training=None if probes else LocalTraining(num_steps=1, learning_rate=0.1),
     )
@@ -182,7 +183,9 @@ def test_an_unusable_report_is_counted_under_its_outcome_and_changes_no_number(c
 def test_lost_devices_are_counted_beside_the_others():
     _, (replica,) = history(0)
     asked = plan(replica)
-    found = Edge(0, range(6)).fold(asked, [answer(0, asked), answer(1, asked, outcome=Outcome.LOST), answer(2, asked, round_index=9)], lost=3)
+    found = Edge(0, range(6)).fold(
+        asked, [answer(0, asked), answer(1, asked, outcome=Outcome.LOST), answer(2, asked, round_index=9)], lost=3
+    )
     assert found.dropped == {Outcome.LOST: 4, Outcome.MISMATCH: 1}
     assert found.num_devices == 1
 

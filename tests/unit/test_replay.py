@@ -107,7 +107,7 @@ def test_a_replica_from_a_snapshot_continues_with_the_same_bits():
 )
 def test_a_changed_update_is_a_mismatch(change):
     update, _ = replay.seal(initial(), guided(initial()), MOMENTUM)
-    with pytest.raises(ReplayMismatchError, match="round 0: this replica has .* start again from a snapshot"):
+    with pytest.raises(ReplayMismatchError, match=r"round 0: this replica has .* start again from a snapshot"):
         replay.apply(initial(), replace(update, **change), MOMENTUM)
 
 
@@ -190,7 +190,7 @@ def test_states_after_ten_rounds_match_their_golden_digest(optimizer):
     replica = initial(optimizer)
     for _ in range(10):
         _, replica = replay.seal(replica, guided(replica), optimizer)
-    expected = {OptimizerKind.MOMENTUM: "6c10809529b8630495cd7918ad34ac0a", OptimizerKind.ADAM: "3cb4866b7cd3dcf808b76c633337aa48"}
+    expected = {OptimizerKind.MOMENTUM: "29970fec44a0a2557751dcb350d79bfd", OptimizerKind.ADAM: "0425ac3728cb909fe26bcd7dc43709cc"}
     assert replica.state_hash.hex() == expected[optimizer.kind]
 
 

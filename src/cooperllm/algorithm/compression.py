@@ -82,7 +82,7 @@ def unpack(payload: bytes, size: int) -> Float32[np.ndarray, "k n"]:
     starts = range(HEADER.size, len(payload), width) if num_columns else range(0)
     columns = [_decode_column(payload[start : start + width], size, bits) for start in starts]
     if not all(np.isfinite(column).all() for column in columns):
-        raise DecodeError("guide: a non-finite entry or scale found")
+        raise DecodeError("guide: a non-finite entry found")
     return np.stack(columns) if columns else np.zeros((0, size), np.float32)
 
 
@@ -110,7 +110,10 @@ def _quantise(unit: Float32[np.ndarray, "n"], bits: int) -> bytes:
     blocks[: len(unit)] = unit
     blocks = blocks.reshape(-1, BLOCK)
     levels = 2 ** (bits - 1) - 1
-    scales = (np.abs(blocks).max(axis=1) / np.float32(levels)).astype("<f2")
+    exact = np.abs(blocks).max(axis=1) / np.float32(levels)
+    scales = exact.astype("<f2")
+    # A scale rounded down would clip the largest entry, and one rounded to zero would lose its block.
+    scales = np.where(scales.astype(np.float32) < exact, np.nextafter(scales, np.float16(np.inf)), scales).astype("<f2")
     divisors = np.where(scales > 0, scales, 1).astype(np.float32)[:, None]
     codes = np.clip(np.rint(blocks / divisors), -levels, levels).astype(np.int8).reshape(-1)[: len(unit)]
     return scales.tobytes() + (codes.tobytes() if bits == 8 else _to_nibbles(codes))
@@ -121,6 +124,8 @@ def _decode_column(data: bytes, size: int, bits: int) -> Float32[np.ndarray, "n"
         return np.frombuffer(data, "<f4").astype(np.float32)
     num_blocks = -(-size // BLOCK)
     scales = np.frombuffer(data, "<f2", num_blocks)
+    if not np.isfinite(scales).all():
+        raise DecodeError("guide: a non-finite scale found")
     coded = np.frombuffer(data, np.uint8, offset=2 * num_blocks)
     codes = coded.view(np.int8) if bits == 8 else _from_nibbles(coded, size)
     return codes.astype(np.float32) * np.repeat(scales.astype(np.float32), BLOCK)[:size]

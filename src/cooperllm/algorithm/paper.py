@@ -115,6 +115,8 @@ def _plugged_in_weight(
     inside = float(along @ along)
     norm_squared = max(inside, (mean_square - guided**2 * inside) / isotropic**2)
     scale = isotropic**2 + guided**2
-    variance = max(0.0, mean_square * blend_scale**2 / scale**2 - norm_squared) / num_probes
+    # The estimate's own mean is ∇f along the guide and isotropic²/Λ of it elsewhere.
+    mean_squared = inside + (isotropic**2 / scale) ** 2 * (norm_squared - inside)
+    variance = max(0.0, mean_square * blend_scale**2 / scale**2 - mean_squared) / num_probes
     bias_squared = max(0.0, float(predicted @ predicted) - 2 * float(predicted @ along) + norm_squared)
     return optimal_weight(variance, bias_squared, 0.0)

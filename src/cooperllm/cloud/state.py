@@ -98,6 +98,7 @@ class Cloud:
             batch_size=config.federation.batch_size,
             guide=guide,
             guide_hash=digest(span),
+            num_columns=len(span),
             probes=probes,
             local_training=local_training,
         )
@@ -169,10 +170,11 @@ class Cloud:
         config, theta = self.config.arm, self.replica.theta
         if self._arm.guide is GuideSource.NOTHING:
             return None, np.zeros_like(theta), None
-        room = max(1, config.queries - config.residual_queries - self._arm.has_momentum)
+        has_momentum = self._arm.has_momentum and config.queries > 1
+        room = max(1, config.queries - config.residual_queries - has_momentum)
         columns, gradient, loss = self._guide_maker.columns(self._arm.guide, theta, seed, room)
         payload = compression.pack(columns, config.guide_bits)
-        guide = Guide(kind=GuideKind.DIRECTIONS, payload=payload, has_momentum=self._arm.has_momentum)
+        guide = Guide(kind=GuideKind.DIRECTIONS, payload=payload, has_momentum=has_momentum)
         return guide, gradient, loss
 
 

@@ -128,7 +128,7 @@ def _probe(
     replica: Replica,
     runtime: Runtime,
     chosen: list[int],
-) -> tuple[Float32[np.ndarray, "k"], Float32[np.ndarray, "P"]]:
+) -> tuple[Float32[np.ndarray, "columns"], Float32[np.ndarray, "random"]]:
     evaluate, points_per_pass = runtime.evaluate(chosen)
     measured = columns if probes.measures_columns else columns[:0]
     column_slopes = zeroth_order.slopes(evaluate, replica.theta, measured, probes.column_scale, points_per_pass=points_per_pass)

@@ -72,7 +72,7 @@ class Edge:
             The edge's report; with no usable report its numbers are empty and its weight is 0.
         """
         ordered = sorted(reports, key=lambda report: report.device_id)
-        self.note_version([report.device_id for report in ordered], plan.model_version)
+        self.note_version([report.device_id for report in ordered if report.model_version == plan.model_version], plan.model_version)
         judged = [(report, _judge(report, plan)) for report in ordered]
         usable = [report for report, outcome in judged if outcome is Outcome.OK]
         dropped = Counter(outcome for _, outcome in judged if outcome is not Outcome.OK)
@@ -127,10 +127,14 @@ def _judge(report: DeviceReport, plan: Plan) -> Outcome:
     answers = (report.round_index, report.model_version, report.guide_version)
     if answers != (plan.round_index, plan.model_version, plan.guide_version):
         return Outcome.MISMATCH
-    expected = plan.probes.num_random if plan.probes is not None else 0
-    if report.outcome is Outcome.OK and (len(report.random_slopes) != expected or report.num_examples == 0):
+    if report.outcome is not Outcome.OK:
+        return report.outcome
+    probes = plan.probes
+    expected = (plan.num_columns if probes.measures_columns else 0, probes.num_random) if probes is not None else (0, 0)
+    if (len(report.column_slopes), len(report.random_slopes)) != expected or report.num_examples == 0:
         return Outcome.MISMATCH
-    return report.outcome
+    numbers = (report.column_slopes, report.random_slopes, *([] if report.estimate is None else [report.estimate]))
+    return Outcome.OK if all(np.isfinite(values).all() for values in numbers) else Outcome.NON_FINITE_LOSS
 
 
 def _by_group(plan: Plan, edge_id: int, usable: Sequence[DeviceReport]) -> tuple[RandomSlopes, ...]:

@@ -32,7 +32,7 @@ def encode(message: object) -> bytes:
     Example:
         >>> from cooperllm.messages import RandomTerm
         >>> len(encode(RandomTerm(group=1, coefficients=np.zeros(2, np.float32))))
-        40
+        38
     """
     return msgspec.msgpack.encode(message, enc_hook=_from_array)
 
@@ -59,7 +59,7 @@ def decode(data: bytes, kind: type[Message]) -> Message:
         raise DecodeError(f"{kind.__name__}: {len(data)} bytes found, at most {MAX_BYTES} expected")
     try:
         return msgspec.msgpack.decode(data, type=kind, dec_hook=_to_array)
-    except (msgspec.DecodeError, ValueError, TypeError) as error:
+    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
         raise DecodeError(f"{kind.__name__}: {error}") from error
 
 

@@ -1,0 +1,369 @@
+"""There and back: whatever goes through a codec, a compressor, a fold or a replay comes out as promised.
+
+Run: pytest tests/property/test_round_trips.py
+"""
+
+import dataclasses
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from cooperllm.algorithm import replay
+from cooperllm.algorithm.aggregation import variance_between, weighted_mean
+from cooperllm.algorithm.compression import BLOCK, pack, packed_bytes, unpack
+from cooperllm.algorithm.guidance import digest, dot, orthonormalise
+from cooperllm.config import OptimizerConfig, OptimizerKind
+from cooperllm.edge import Edge
+from cooperllm.errors import DecodeError, ReplayMismatchError
+from cooperllm.link.codec import decode, encode
+from cooperllm.messages import (
+    DeviceReport,
+    EdgeReport,
+    Grouping,
+    Guide,
+    GuideKind,
+    LocalTraining,
+    Order,
+    Outcome,
+    Plan,
+    Probes,
+    RandomSlopes,
+    RandomTerm,
+    Snapshot,
+    Update,
+)
+
+UNIT = 2.0**-24
+
+COUNTS = st.integers(0, 1 << 32)
+SEEDS = st.integers(0, (1 << 63) - 1)
+DIGESTS = st.binary(min_size=16, max_size=16)
+POSITIVE = st.floats(2.0**-60, 2.0**60)
+VERSIONS = st.integers(-1, 1 << 32)
+
+
+def vectors(sizes, **bounds):
+    elements = st.floats(width=32, **bounds)
+    return sizes.flatmap(lambda size: arrays.arrays(np.float32, size, elements=elements))
+
+
+def few(strategy):
+    return st.lists(strategy, max_size=3).map(tuple)
+
+
+def fields_of(kind, /, **fields):
+    """A message still in pieces: the type checks of its constructor draw random numbers, which no strategy may."""
+    return st.tuples(st.just(kind), st.fixed_dictionaries(fields))
+
+
+def made(pieces):
+    """Puts a message together, from the inside out."""
+    match pieces:
+        case (type() as kind, dict() as fields):
+            return kind(**{name: made(value) for name, value in fields.items()})
+        case tuple():
+            return tuple(map(made, pieces))
+        case _:
+            return pieces
+
+
+ANY = vectors(st.integers(0, 6))
+GUIDES = fields_of(Guide, kind=st.sampled_from(GuideKind), payload=st.binary(max_size=20), has_momentum=st.booleans())
+PROBES = fields_of(
+    Probes,
+    measures_columns=st.booleans(),
+    num_random=COUNTS,
+    grouping=st.sampled_from(Grouping),
+    column_scale=POSITIVE,
+    random_scale=POSITIVE,
+    blend=st.none() | st.floats(2.0**-60, 1.0),
+    blend_scale=POSITIVE,
+)
+TRAINING = fields_of(LocalTraining, num_steps=st.integers(1, 1 << 32), learning_rate=POSITIVE)
+PLANS = fields_of(
+    Plan,
+    round_index=COUNTS,
+    model_version=COUNTS,
+    guide_version=VERSIONS,
+    theta_hash=DIGESTS,
+    seed=SEEDS,
+    cohort=few(COUNTS),
+    batch_size=st.integers(1, 1 << 32),
+    guide=st.none() | GUIDES,
+    guide_hash=DIGESTS,
+    num_columns=st.integers(0, 1 << 32),
+    probes=st.none() | PROBES,
+    local_training=st.none() | TRAINING,
+)
+TERMS = fields_of(RandomTerm, group=COUNTS, coefficients=ANY)
+UPDATES = fields_of(
+    Update,
+    round_index=COUNTS,
+    model_version=COUNTS,
+    seed=SEEDS,
+    learning_rate=POSITIVE,
+    guide=st.none() | GUIDES,
+    column_coefficients=ANY,
+    random_terms=few(TERMS),
+    dense=st.none() | ANY,
+    theta_hash=DIGESTS,
+)
+SNAPSHOTS = fields_of(Snapshot, model_version=COUNTS, theta=ANY, moments=few(ANY))
+ORDERS = fields_of(Order, device_id=COUNTS, group=COUNTS, plan=PLANS, updates=few(UPDATES), snapshot=st.none() | SNAPSHOTS)
+DEVICE_REPORTS = fields_of(
+    DeviceReport,
+    device_id=COUNTS,
+    round_index=COUNTS,
+    model_version=COUNTS,
+    guide_version=VERSIONS,
+    num_examples=COUNTS,
+    outcome=st.sampled_from(Outcome),
+    column_slopes=ANY,
+    random_slopes=ANY,
+    estimate=st.none() | ANY,
+    forward_passes=COUNTS,
+)
+EDGE_REPORTS = fields_of(
+    EdgeReport,
+    edge_id=COUNTS,
+    round_index=COUNTS,
+    num_devices=COUNTS,
+    num_examples=COUNTS,
+    dropped=st.dictionaries(st.sampled_from(Outcome), COUNTS),
+    column_slopes=ANY,
+    column_squares=ANY,
+    random_slopes=few(fields_of(RandomSlopes, group=COUNTS, num_examples=COUNTS, slopes=ANY)),
+    estimate=st.none() | ANY,
+    forward_passes=COUNTS,
+)
+MESSAGES = {
+    Guide: GUIDES,
+    Probes: PROBES,
+    LocalTraining: TRAINING,
+    Plan: PLANS,
+    RandomTerm: TERMS,
+    Update: UPDATES,
+    Snapshot: SNAPSHOTS,
+    Order: ORDERS,
+    DeviceReport: DEVICE_REPORTS,
+    EdgeReport: EDGE_REPORTS,
+}
+
+
+def plain(value):
+    """A message as nested tuples in which arrays are their bytes, so that NaN equals itself and -0 is not 0."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if dataclasses.is_dataclass(value):
+        return type(value), *(plain(getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    return value
+
+
+@pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
+def test_every_message_comes_back_as_it_was(kind):
+    @given(pieces=MESSAGES[kind])
+    def comes_back(pieces):
+        message = made(pieces)
+        data = encode(message)
+        found = decode(data, type(message))
+        assert plain(found) == plain(message)
+        assert encode(found) == data
+
+    comes_back()
+
+
+@pytest.mark.parametrize("kind", [Plan, Update, Order, DeviceReport, EdgeReport, Snapshot], ids=lambda kind: kind.__name__)
+def test_bytes_from_anywhere_give_a_message_or_a_refusal(kind):
+    @given(data=st.binary(max_size=200))
+    @example(data=b"\x80")
+    @example(data=b"\xc1")
+    def is_refused(data):
+        with pytest.raises(DecodeError, match=kind.__name__):
+            decode(data, kind)
+
+    is_refused()
+
+
+@given(pieces=UPDATES, cut=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_message_is_refused(pieces, cut):
+    data = encode(made(pieces))
+    with pytest.raises(DecodeError, match="Update"):
+        decode(data[: int(cut * len(data))], Update)
+
+
+@given(pieces=DEVICE_REPORTS, position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+def test_a_changed_byte_gives_a_message_or_a_refusal(pieces, position, value):
+    data = bytearray(encode(made(pieces)))
+    data[int(position * len(data))] = value
+    try:
+        found = decode(bytes(data), DeviceReport)
+    except DecodeError:
+        return
+    assert isinstance(found, DeviceReport)
+
+
+COLUMNS = st.tuples(st.integers(1, 3), st.integers(1, 3 * BLOCK + 5)).flatmap(
+    lambda shape: arrays.arrays(
+        np.float32, shape, elements=st.floats(-1000, 1000, width=32, allow_subnormal=False), fill=st.floats(1, 1000, width=32)
+    )
+)
+
+
+@given(columns=COLUMNS, bits=st.sampled_from([4, 8, 32]))
+def test_a_packed_guide_has_exactly_the_bytes_announced(columns, bits):
+    assert len(pack(columns, bits)) == packed_bytes(*columns.shape, bits)
+
+
+@given(columns=COLUMNS, bits=st.sampled_from([4, 8]))
+def test_every_entry_comes_back_within_half_a_step_of_its_block(columns, bits):
+    """A step is the block's largest entry over the largest code. Its half-precision scale is off by a share of 2⁻¹¹, or by 2⁻²⁴ near 0,
+    where half precision ends; with the rounding of a quotient of up to 127 in float32, half a step grows by a share below 2⁻¹⁰."""
+    decoded = unpack(pack(columns, bits), columns.shape[1])
+    largest = np.abs(columns).max(axis=1, keepdims=True)
+    unit = columns / np.where(largest > 0, largest, 1).astype(np.float32)
+    for start in range(0, columns.shape[1], BLOCK):
+        block = unit[:, start : start + BLOCK].astype(np.float64)
+        step = np.abs(block).max(axis=1) / (2 ** (bits - 1) - 1) * (1 + 2**-10) + 2**-24
+        assert (np.abs(decoded[:, start : start + BLOCK] - block).max(axis=1) <= step / 2).all()
+
+
+@given(columns=COLUMNS)
+def test_thirty_two_bits_keep_every_column_up_to_its_length(columns):
+    largest = np.abs(columns).max(axis=1, keepdims=True)
+    expected = columns / np.where(largest > 0, largest, 1).astype(np.float32)
+    assert unpack(pack(columns, 32), columns.shape[1]).tobytes() == expected.tobytes()
+
+
+@given(payload=st.binary(max_size=64), size=st.integers(0, 1 << 64))
+def test_a_guide_from_anywhere_is_refused(payload, size):
+    with pytest.raises(DecodeError, match="guide"):
+        unpack(payload, size)
+
+
+FINITE = {"min_value": -1000, "max_value": 1000, "allow_nan": False}
+
+
+@given(columns=st.lists(arrays.arrays(np.float32, 8, elements=st.floats(-1000, 1000, width=32)), max_size=10))
+def test_a_span_is_orthonormal_and_holds_every_column(columns):
+    span = orthonormalise(columns, 8)
+    wide = span.astype(np.float64)
+    count = len(span)
+    assert count <= 8
+    # See test_guidance: (k + 4) roundings for each of two unit rows.
+    assert np.abs(wide @ wide.T - np.eye(count)).max(initial=0) < 2 * (count + 4) * UNIT
+    for column in columns:
+        length = np.linalg.norm(column.astype(np.float64))
+        rest = np.linalg.norm(column - wide.T @ (wide @ column))
+        # What was left out is shorter than DEPENDENT of the column.
+        assert rest <= 1.01e-4 * length
+
+
+@given(left=vectors(st.integers(0, 200), **FINITE), seed=st.integers(0, 3))
+def test_dot_does_not_depend_on_strides(left, seed):
+    right = np.roll(left, seed)
+    assert dot(np.repeat(left, 2)[::2], np.repeat(right, 3)[::3]) == dot(left, right)
+    assert digest(np.repeat(left, 2)[::2]) == digest(left)
+
+
+SENDERS = st.lists(
+    st.tuples(arrays.arrays(np.float32, 3, elements=st.floats(-1000, 1000, width=32)), st.integers(1, 1000)), min_size=2, max_size=8
+)
+
+
+@given(senders=SENDERS, cut=st.floats(0, 1))
+def test_a_fold_of_folds_is_the_flat_mean(senders, cut):
+    border = min(max(1, int(cut * len(senders))), len(senders) - 1)
+    parts = [senders[:border], senders[border:]]
+    means = [weighted_mean([value for value, _ in part], [weight for _, weight in part]) for part in parts]
+    folded = weighted_mean(means, [sum(weight for _, weight in part) for part in parts])
+    flat = weighted_mean([value for value, _ in senders], [weight for _, weight in senders])
+    # Three roundings to float32 at the size of the largest value; below the smallest normal number they are absolute.
+    assert np.abs(folded - flat).max() <= 3 * UNIT * max(np.abs(value).max() for value, _ in senders) + 3 * 2.0**-149
+
+
+@given(senders=SENDERS)
+def test_a_mean_lies_between_its_values_and_a_variance_above_zero(senders):
+    values, weights = [value for value, _ in senders], [weight for _, weight in senders]
+    mean = weighted_mean(values, weights)
+    slack = UNIT * np.abs(np.stack(values)).max()
+    assert (np.min(values, axis=0) - slack <= mean).all()
+    assert (mean <= np.max(values, axis=0) + slack).all()
+    assert (variance_between(mean, weighted_mean([value * value for value in values], weights), len(values)) >= 0).all()
+
+
+@given(senders=SENDERS, order=st.randoms(use_true_random=False), grouping=st.sampled_from(Grouping))
+def test_an_edges_report_does_not_depend_on_the_order_of_arrival(senders, order, grouping):
+    probes = Probes(measures_columns=True, num_random=3, grouping=grouping, column_scale=1.0, random_scale=1.0)
+    plan = Plan(
+        round_index=0,
+        model_version=0,
+        guide_version=0,
+        theta_hash=bytes(16),
+        seed=0,
+        cohort=tuple(range(len(senders))),
+        batch_size=1,
+        guide=None,
+        guide_hash=bytes(16),
+        num_columns=2,
+        probes=probes,
+    )
+    reports = [
+        DeviceReport(
+            device_id=device_id,
+            round_index=0,
+            model_version=0,
+            guide_version=0,
+            num_examples=weight,
+            outcome=Outcome.OK if device_id % 3 < 2 else Outcome.NON_FINITE_LOSS,
+            column_slopes=value,
+            random_slopes=-value,
+            estimate=None,
+            forward_passes=12,
+        )
+        for device_id, (value, weight) in enumerate(senders)
+    ]
+    expected = encode(Edge(0, range(len(senders))).fold(plan, reports))
+    order.shuffle(reports)
+    assert encode(Edge(0, range(len(senders))).fold(plan, reports)) == expected
+
+
+COEFFICIENTS = st.floats(-10, 10, width=32)
+
+
+@given(
+    columns=arrays.arrays(np.float32, (2, 40), elements=st.floats(-1, 1, width=32)),
+    coefficients=arrays.arrays(np.float32, (4, 5), elements=COEFFICIENTS),
+    kind=st.sampled_from(OptimizerKind),
+    seed=SEEDS,
+)
+def test_a_log_leads_another_replica_to_the_same_bits_and_a_changed_one_nowhere(columns, coefficients, kind, seed):
+    optimizer = OptimizerConfig(kind=kind)
+    cloud = device = replay.start(np.linspace(-1, 1, 40, dtype=np.float32), optimizer)
+    guide = Guide(kind=GuideKind.DIRECTIONS, payload=pack(columns, 8), has_momentum=True)
+    for version, row in enumerate(coefficients):
+        size = len(replay.span(cloud, guide))
+        update = Update(
+            round_index=version,
+            model_version=version,
+            seed=seed,
+            learning_rate=0.1,
+            guide=guide,
+            column_coefficients=row[:size],
+            random_terms=(RandomTerm(group=version, coefficients=row[3:]),),
+            dense=None,
+            theta_hash=bytes(16),
+        )
+        sealed, cloud = replay.seal(cloud, update, optimizer)
+        arrived = decode(encode(sealed), Update)
+        term = replace(arrived.random_terms[0], coefficients=arrived.random_terms[0].coefficients + np.float32(1))
+        with pytest.raises(ReplayMismatchError):
+            replay.apply(device, replace(arrived, random_terms=(term,)), optimizer)
+        device = replay.apply(device, arrived, optimizer)
+        assert device.theta.tobytes() == cloud.theta.tobytes()
+        assert device.state_hash == cloud.state_hash

@@ -1,0 +1,153 @@
+"""The default model, adapters, prefix cache, label words and export: the real weights, and plain PEFT as the judge."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from cooperllm import models
+from cooperllm.config import AdapterKind, ModelConfig, Objective
+from cooperllm.errors import ConfigError
+
+TEXTS = [
+    "A stirring, funny film.",
+    "It fell apart on the second day and nobody cared.",
+    "Fine.",
+    "The room was cold, but the bed was lovely.",
+]
+TINY = ModelConfig(name="tiny-llama", target_modules=("q_proj", "v_proj"), last_layers=1, max_tokens=64)
+WORDS = replace(TINY, objective=Objective.LABEL_WORDS, label_words=("bad", "good"))
+
+
+def moved(model, seed=3):
+    """Parameters away from their start, so that no part is zero."""
+    theta = torch.from_numpy(model.initial_parameters(seed))
+    return theta + 0.02 * torch.sin(torch.arange(len(theta)))
+
+
+def scores(model, theta):
+    examples = model.encode(TEXTS, None, [0, 1, 0, 1])
+    with torch.inference_mode():
+        return model.scores(theta, model.batch(examples, range(len(TEXTS))))
+
+
+def test_the_default_model_trains_lora_on_query_and_value_of_its_last_two_layers_and_a_head():
+    layout = models.load(ModelConfig(), 2).layout
+    # two layers x (query, value) x (8 x 384 + 384 x 8) + head 2 x 384 + 2
+    assert layout.size == 2 * 2 * 2 * 8 * 384 + 2 * 384 + 2
+    assert {name.split(".")[5] for name in layout.names if "lora" in name} == {"4", "5"}
+
+
+def test_the_cached_prefix_changes_no_score():
+    cached, plain = (models.load(ModelConfig(caches_prefix=caches), 2) for caches in (True, False))
+    torch.testing.assert_close(scores(cached, moved(cached)), scores(plain, moved(plain)), rtol=0, atol=1e-6)
+
+
+def test_the_prefix_is_computed_once_per_example(monkeypatch):
+    model = models.load(ModelConfig(), 2)
+    examples = model.encode(TEXTS, None, [0, 1, 0, 1])
+    model.batch(examples, [0, 1, 1])
+    monkeypatch.setattr(model._prefix, "compute", lambda *arguments: pytest.fail("an example went through the frozen layers twice"))
+    model.batch(examples, [1, 0])
+
+
+def test_padding_changes_no_score():
+    model = models.load(ModelConfig(), 2)
+    theta, examples = moved(model), model.encode(TEXTS, None, [0, 1, 0, 1])
+    with torch.inference_mode():
+        alone = torch.cat([model.scores(theta, model.batch(examples, [index])) for index in range(4)])
+        together = model.scores(theta, model.batch(examples, range(4)))
+    torch.testing.assert_close(alone, together, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", [ModelConfig(), ModelConfig(adapter=AdapterKind.IA3), replace(TINY, adapter=AdapterKind.IA3)])
+def test_plain_peft_loads_an_exported_adapter_and_gives_the_same_scores(tmp_path, config):
+    model = models.load(config, 2)
+    theta = moved(model)
+    model.save_adapter(theta.numpy(), tmp_path, ["no", "yes"])
+    base = AutoModel.from_pretrained(models.packaged_minilm()) if config.name == "minilm" else models.tiny_llama(causal=False)[0]
+    plain = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    head = load_file(tmp_path / "classifier.safetensors")
+    batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
+    with torch.inference_mode():
+        hidden = plain(input_ids=batch.token_ids, attention_mask=batch.mask).last_hidden_state
+        weights = batch.mask[..., None]
+        pooled = (hidden * weights).sum(1) / weights.sum(1)
+        expected = pooled @ head["weight"].T + head["bias"]
+    torch.testing.assert_close(scores(model, theta), expected, rtol=0, atol=1e-5)
+
+
+def test_plain_peft_loads_a_causal_adapter(tmp_path):
+    model = models.load(WORDS, 2)
+    theta = moved(model)
+    model.save_adapter(theta.numpy(), tmp_path, ["no", "yes"])
+    plain = PeftModel.from_pretrained(models.tiny_llama(causal=True)[0], str(tmp_path)).eval()
+    batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
+    with torch.inference_mode():
+        logits = plain(input_ids=batch.token_ids, attention_mask=batch.mask).logits[torch.arange(4), batch.mask.sum(1) - 1]
+    expected = logits[:, model._network.word_ids]
+    torch.testing.assert_close(scores(model, theta), expected, rtol=0, atol=1e-5)
+
+
+def test_a_fully_trained_model_is_exported_as_an_ordinary_model(tmp_path):
+    model = models.load(replace(WORDS, adapter=AdapterKind.FULL, target_modules=()), 2)
+    theta = moved(model)
+    model.save_adapter(theta.numpy(), tmp_path, ["no", "yes"])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
+    with torch.inference_mode():
+        logits = plain(input_ids=batch.token_ids, attention_mask=batch.mask).logits[torch.arange(4), batch.mask.sum(1) - 1]
+    torch.testing.assert_close(scores(model, theta), logits[:, model._network.word_ids], rtol=0, atol=1e-5)
+
+
+def test_slopes_of_the_default_model_agree_with_back_propagation():
+    from cooperllm.algorithm import noise, zeroth_order
+    from cooperllm.device.torch_forward import TorchForward
+
+    model = models.load(ModelConfig(), 2)
+    theta = moved(model)
+    examples = model.encode(TEXTS, None, [0, 1, 0, 1])
+    point = theta.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.loss(point, model.batch(examples, range(4))), point)
+    directions = [noise.gaussian(1, index, len(theta)) for index in range(6)]
+    evaluate, _ = TorchForward(model, examples, range(4), None).evaluate(range(4))
+    measured = zeroth_order.slopes(evaluate, theta.numpy(), directions, 1e-3)
+    exact = np.array([float(gradient @ torch.from_numpy(z)) for z in directions])
+    # Rounding of two float32 losses near 1 gives 1e-7 / 2e-3 = 5e-5; the cubic term is of the same order at this step.
+    np.testing.assert_allclose(measured, exact, atol=5e-3 * float(gradient.norm()))
+
+
+def test_a_long_text_is_cut_but_its_prompt_is_not():
+    model = models.load(replace(WORDS, max_tokens=40), 2)
+    (ids,) = model.encode(["x" * 500], None, [0]).token_ids
+    assert len(ids) <= 40
+    assert model._tokenizer.decode(ids, skip_special_tokens=True).endswith(" It was")
+
+
+def test_second_texts_are_read():
+    model = models.load(ModelConfig(), 2)
+    pair, single = model.encode(["one"], ["two"], [0]), model.encode(["one"], None, [0])
+    assert len(pair.token_ids[0]) > len(single.token_ids[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (ModelConfig(target_modules=("nowhere",)), r"target_modules: found \['nowhere'\], expected names of linear layers .*'query'"),
+        (ModelConfig(name="no/such-model"), "'no/such-model' could not be loaded"),
+        (replace(WORDS, label_words=("bad", "good", "fair")), "expected 2 words, one per class"),
+        (replace(WORDS, label_words=("bad", "big")), "begin with the same token"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_with_a_sentence(config, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        models.load(config, 2)
+
+
+def test_one_class_is_not_a_task():
+    with pytest.raises(ConfigError, match="found 1 classes, expected at least 2"):
+        models.load(TINY, 1)

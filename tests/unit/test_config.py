@@ -1,0 +1,167 @@
+"""Settings: every value outside its domain is a sentence with the field, what was found and what was expected.
+
+Run: pytest tests/unit/test_config.py
+"""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from cooperllm.config import (
+    ArmConfig,
+    ArmName,
+    DataConfig,
+    FederationConfig,
+    ModelConfig,
+    Objective,
+    OptimizerConfig,
+    OptimizerKind,
+    Partition,
+    RunConfig,
+    SourceConfig,
+    from_plain,
+    to_plain,
+)
+from cooperllm.errors import ConfigError, CooperLLMError
+
+OUTSIDE = [
+    (ModelConfig, {"name": ""}, "model.name", "''"),
+    (ModelConfig, {"rank": 0}, "model.rank", "0"),
+    (ModelConfig, {"lora_alpha": 0}, "model.lora_alpha", "0"),
+    (ModelConfig, {"last_layers": 0}, "model.last_layers", "0"),
+    (ModelConfig, {"max_tokens": 1}, "model.max_tokens", "1"),
+    (ModelConfig, {"objective": Objective.LABEL_WORDS, "prompt": "It was", "label_words": ("a", "b")}, "model.prompt", "'It was'"),
+    (ModelConfig, {"objective": Objective.LABEL_WORDS, "label_words": ("good",)}, "model.label_words", "('good',)"),
+    (SourceConfig, {"name": ""}, "data source name", "''"),
+    (SourceConfig, {"max_examples": 0}, "max_examples", "0"),
+    (DataConfig, {"num_test": 0}, "data.num_test", "0"),
+    (DataConfig, {"num_validation": 0}, "data.num_validation", "0"),
+    (FederationConfig, {"num_devices": 0}, "federation.num_devices", "0"),
+    (FederationConfig, {"num_edges": 0}, "federation.num_edges", "0"),
+    (FederationConfig, {"num_devices": 5, "num_edges": 6}, "federation.num_edges", "6"),
+    (FederationConfig, {"devices_per_round": 0}, "federation.devices_per_round", "0"),
+    (FederationConfig, {"num_devices": 20, "devices_per_round": 21}, "federation.devices_per_round", "21"),
+    (FederationConfig, {"min_reports": 0}, "federation.min_reports", "0"),
+    (FederationConfig, {"devices_per_round": 5, "min_reports": 6}, "federation.min_reports", "6"),
+    (FederationConfig, {"batch_size": 0}, "federation.batch_size", "0"),
+    (FederationConfig, {"dirichlet_alpha": 0.0}, "federation.dirichlet_alpha", "0.0"),
+    (FederationConfig, {"dirichlet_alpha": math.nan}, "federation.dirichlet_alpha", "nan"),
+    (FederationConfig, {"partition": Partition.COLUMN}, "federation.partition_column", "None"),
+    (OptimizerConfig, {"momentum": 1.0}, "optimizer.momentum", "1.0"),
+    (OptimizerConfig, {"momentum": -0.1}, "optimizer.momentum", "-0.1"),
+    (OptimizerConfig, {"square_decay": 1.0}, "optimizer.square_decay", "1.0"),
+    (OptimizerConfig, {"epsilon": 0.0}, "optimizer.epsilon", "0.0"),
+    *[
+        (ArmConfig, {name: value}, f"arm.{name}", repr(value))
+        for name in ("learning_rate", "column_scale", "random_scale", "blend_scale", "local_learning_rate")
+        for value in (0.0, -1.0, math.nan, math.inf)
+    ],
+    *[(ArmConfig, {name: 0}, f"arm.{name}", "0") for name in ("queries", "public_batch_size", "pool_size", "local_steps")],
+    (ArmConfig, {"guide_bits": 16}, "arm.guide_bits", "16"),
+    (ArmConfig, {"residual_queries": -1}, "arm.residual_queries", "-1"),
+    (ArmConfig, {"effective_rank": -1.0}, "arm.effective_rank", "-1.0"),
+    (ArmConfig, {"effective_rank": math.nan}, "arm.effective_rank", "nan"),
+    (ArmConfig, {"public_weight": 1.5}, "arm.public_weight", "1.5"),
+    (ArmConfig, {"public_weight": -0.5}, "arm.public_weight", "-0.5"),
+    (ArmConfig, {"blend": 0.0}, "arm.blend", "0.0"),
+    (ArmConfig, {"blend": 1.1}, "arm.blend", "1.1"),
+    (RunConfig, {"num_rounds": 0}, "num_rounds", "0"),
+    (RunConfig, {"seed": -1}, "seed", "-1"),
+    (RunConfig, {"seed": 1 << 63}, "seed", str(1 << 63)),
+    (RunConfig, {"evaluate_every": 0}, "evaluate_every", "0"),
+    (RunConfig, {"checkpoint_every": 0}, "checkpoint_every", "0"),
+    (RunConfig, {"memory_mib": 0.0}, "memory_mib", "0.0"),
+    (RunConfig, {"memory_mib": math.nan}, "memory_mib", "nan"),
+]
+
+AT_THE_EDGE = [
+    (ModelConfig, {"rank": 1, "last_layers": None, "max_tokens": 2, "lora_alpha": 1}),
+    (SourceConfig, {"max_examples": 1}),
+    (DataConfig, {"num_test": None, "num_validation": 1}),
+    (FederationConfig, {"num_devices": 1, "num_edges": 1, "devices_per_round": 1, "min_reports": 1, "batch_size": 1}),
+    (FederationConfig, {"partition": Partition.COLUMN, "partition_column": "user"}),
+    (OptimizerConfig, {"momentum": 0.0, "square_decay": 0.0}),
+    (ArmConfig, {"queries": 1, "residual_queries": 0, "public_weight": 1.0, "blend": 1.0, "effective_rank": 0.0, "guide_bits": 4}),
+    (ArmConfig, {"public_weight": 0.0, "pool_size": 1, "local_steps": 1}),
+    (RunConfig, {"seed": (1 << 63) - 1, "num_rounds": 1, "evaluate_every": 1, "checkpoint_every": 1, "memory_mib": None}),
+]
+
+
+def name_of(value):
+    return value.__name__ if isinstance(value, type) else None
+
+
+@pytest.mark.parametrize(("kind", "values", "field", "found"), OUTSIDE, ids=name_of)
+def test_a_value_outside_its_domain_is_a_sentence(kind, values, field, found):
+    with pytest.raises(ConfigError) as caught:
+        kind(**values)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{field}: found {found}, expected ")
+    assert len(sentence.split(", expected ", 1)[1]) > 0
+
+
+@pytest.mark.parametrize(("kind", "values"), AT_THE_EDGE, ids=name_of)
+def test_a_value_at_the_edge_of_its_domain_is_accepted(kind, values):
+    config = kind(**values)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_every_setting_has_a_default_inside_its_domain():
+    assert RunConfig().arm.name is ArmName.MEASURED
+
+
+def test_a_setting_is_checked_again_when_it_is_replaced():
+    with pytest.raises(ConfigError, match="num_rounds"):
+        replace(RunConfig(), num_rounds=0)
+
+
+def test_settings_cannot_be_changed_behind_a_run():
+    with pytest.raises(AttributeError):
+        RunConfig().seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_config_error_is_a_value_error_and_one_of_ours():
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, CooperLLMError)
+
+
+def test_settings_survive_json():
+    config = RunConfig(
+        recipe="mine",
+        model=ModelConfig(objective=Objective.LABEL_WORDS, label_words=("bad", "good"), last_layers=None),
+        data=DataConfig(public=SourceConfig(domains=("hotels",), keep_labels=("0",)), num_test=None),
+        federation=FederationConfig(partition=Partition.COLUMN, partition_column="user"),
+        optimizer=OptimizerConfig(kind=OptimizerKind.ADAM, momentum=1 / 3),
+        arm=ArmConfig(name=ArmName.PAPER, learning_rate=1e-7, guide_bits=32),
+        seed=(1 << 63) - 1,
+        memory_mib=0.1,
+    )
+    assert from_plain(json.loads(json.dumps(to_plain(config))), where="here") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"num_rounds": "many"}, ["int", "$.num_rounds"]),
+        ({"num_rounds": 0}, ["num_rounds: found 0, expected >= 1"]),
+        ({"arm": {"queries": 0}}, ["arm.queries: found 0, expected >= 1", "$.arm"]),
+        ({"arm": {"name": "best"}}, ["'best'", "$.arm.name"]),
+        ({"arm": {"learning_rate": None}}, ["float", "$.arm.learning_rate"]),
+        ({"federation": {"partition": "column"}}, ["federation.partition_column: found None"]),
+        ({"model": 3}, ["object", "$.model"]),
+        ([], ["object"]),
+        (None, ["object"]),
+    ],
+)
+def test_settings_read_back_wrong_name_the_file_and_the_field(values, parts):
+    with pytest.raises(ConfigError) as caught:
+        from_plain(values, where="/runs/a/config.json")
+    sentence = str(caught.value)
+    assert sentence.startswith("/runs/a/config.json: ")
+    assert [part for part in parts if part not in sentence] == []
+
+
+def test_missing_settings_take_their_defaults():
+    assert from_plain({"seed": 3}, where="here") == RunConfig(seed=3)
