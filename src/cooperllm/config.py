@@ -255,7 +255,7 @@ class ArmConfig:
     guide_bits: int = 8
     public_batch_size: int = 64
     residual_queries: int = 2
-    effective_rank: float = 200.0
+    effective_rank: float = 4000.0
     public_weight: float = 0.5
     blend: float = 0.5
     blend_scale: float = 1.0

@@ -21,6 +21,7 @@ import torch
 import transformers
 from jaxtyping import Float, Float32, Int64
 from peft import IA3Config, LoraConfig, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -293,7 +294,7 @@ def load(config: ModelConfig, num_classes: int) -> Model:
 
     Example:
         >>> load(ModelConfig(name="tiny-llama", target_modules=("q_proj", "v_proj"), last_layers=1), 2).layout.size
-        1282
+        962
     """
     if num_classes < 2:
         raise ConfigError(f"labels: found {num_classes} classes, expected at least 2")
@@ -365,16 +366,17 @@ def tiny_llama(*, causal: bool) -> tuple[Any, Any]:
 def _adapted(backbone: Any, config: ModelConfig) -> nn.Module:
     if config.adapter is AdapterKind.FULL:
         return backbone
+    is_lora = config.adapter is AdapterKind.LORA
+    usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING if is_lora else TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    targets = config.target_modules or tuple(usual.get(backbone.config.model_type, ()))
     depth = int(backbone.config.num_hidden_layers)
-    count = min(config.last_layers or depth, depth)
-    targets = list(config.target_modules) or None
-    if config.adapter is AdapterKind.LORA:
-        layers = None if count == depth else list(range(depth - count, depth))
-        peft_config: Any = LoraConfig(
-            r=config.rank, lora_alpha=config.lora_alpha, target_modules=targets, layers_to_transform=layers, lora_dropout=0.0
-        )
+    layers = range(depth - min(config.last_layers or depth, depth), depth)
+    # PEFT's own `layers_to_transform` overlooks stacks at the top level of a model; a regular expression over names does not.
+    pattern = rf".*\.({'|'.join(map(str, layers))})\.(.*\.)?({'|'.join(targets)})"
+    if is_lora:
+        peft_config: Any = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=pattern, lora_dropout=0.0)
     else:
-        peft_config = IA3Config(target_modules=_last_layers_pattern(targets, range(depth - count, depth)), feedforward_modules=[])
+        peft_config = IA3Config(target_modules=pattern, feedforward_modules=[])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of adapters for tied or fan-in layers, which change nothing here
@@ -385,13 +387,6 @@ def _adapted(backbone: Any, config: ModelConfig) -> nn.Module:
             f"model.target_modules: found {list(config.target_modules)}, expected names of linear layers of {config.name!r}, "
             f"which has {linear}"
         ) from error
-
-
-def _last_layers_pattern(targets: list[str] | None, layers: range) -> str | None:
-    """IA3 has no list of layers; a regular expression over module names says the same."""
-    if targets is None:
-        return None
-    return rf".*\.({'|'.join(map(str, layers))})\..*({'|'.join(targets)})"
 
 
 def _word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from cooperllm.algorithm import noise
 from cooperllm.algorithm.arms import GuideSource
@@ -70,19 +70,35 @@ class GuideMaker:
             (columns [k, n] of any length, public gradient g_B [n], public loss).
         """
         point = torch.from_numpy(theta.copy()).requires_grad_()
-        indices = noise.permutation(seed, PUBLIC_BATCH, len(self._public))[: self._batch_size]
-        batch = self._model.batch(self._public, indices.tolist())
-        log_likelihoods = torch.log_softmax(self._model.scores(point, batch).float(), dim=1)
-        losses = -log_likelihoods.gather(1, batch.labels[:, None])[:, 0]
+        chosen = noise.permutation(seed, PUBLIC_BATCH, len(self._public))[: self._batch_size]
         if source is GuideSource.GRADIENT:
-            gradient = _gradient(losses.mean(), point)
+            gradient, loss = self._gradient(point, chosen, None)
             self._pool.appendleft(gradient)
-            return np.stack(self._pool), gradient, float(losses.detach().mean())
-        buckets = _buckets(self._model.num_classes, num_columns, seed)
-        parts = [_bucket_loss(losses, log_likelihoods, batch.labels, bucket) for bucket in buckets]
-        columns = np.stack([_gradient(part, point) for part, _ in parts])
-        shares = np.array([share for _, share in parts], np.float32)
-        return columns, (shares[:, None] * columns).sum(axis=0), float(losses.detach().mean())
+            return np.stack(self._pool), gradient, loss
+        labels = self._public.labels[chosen]
+        columns: list[np.ndarray] = []
+        mean, mean_loss = np.zeros_like(theta), 0.0
+        for bucket in _buckets(self._model.num_classes, num_columns, seed):
+            belongs = np.isin(labels, bucket)
+            if belongs.any():
+                share = np.float32(belongs.mean())
+                column, loss = self._gradient(point, chosen[belongs], None)
+                mean, mean_loss = mean + share * column, mean_loss + float(share) * loss
+            else:
+                column, _ = self._gradient(point, chosen, bucket)
+            columns.append(column)
+        return np.stack(columns), mean, mean_loss
+
+    def _gradient(
+        self, point: torch.Tensor, chosen: Int64[np.ndarray, "_B"], lent: list[int] | None
+    ) -> tuple[Float32[np.ndarray, "_n"], float]:
+        """Gradient and loss over public examples, with their own labels or with each of the lent ones."""
+        batch = self._model.batch(self._public, chosen.tolist())
+        log_likelihoods = torch.log_softmax(self._model.scores(point, batch).float(), dim=1)
+        own = log_likelihoods.gather(1, batch.labels[:, None])
+        loss = -(own if lent is None else log_likelihoods[:, lent]).mean()
+        (gradient,) = torch.autograd.grad(loss, point)
+        return gradient.numpy(), float(loss.detach())
 
     def state(self) -> tuple[Float32[np.ndarray, "n"], ...]:
         """Returns the pool, newest first, for a checkpoint."""
@@ -105,17 +121,3 @@ def _buckets(num_classes: int, room: int, seed: int) -> list[list[int]]:
         return [[label] for label in range(num_classes)]
     dealt = noise.permutation(seed, BUCKETS, num_classes).tolist()
     return [dealt[start::room] for start in range(room)]
-
-
-def _bucket_loss(
-    losses: torch.Tensor, log_likelihoods: torch.Tensor, labels: torch.Tensor, bucket: list[int]
-) -> tuple[torch.Tensor, float]:
-    """Loss of a bucket and its share of the public batch; absent classes are tried on every public text."""
-    belongs = torch.isin(labels, torch.tensor(bucket))
-    if not bool(belongs.any()):
-        return -log_likelihoods[:, bucket].mean(), 0.0
-    return losses[belongs].mean(), float(belongs.float().mean())
-
-
-def _gradient(loss: torch.Tensor, point: torch.Tensor) -> Float32[np.ndarray, "n"]:
-    return torch.autograd.grad(loss, point, retain_graph=True)[0].numpy()
