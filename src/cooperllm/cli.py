@@ -86,7 +86,8 @@ def run_command(
     chosen = recipes.recipe(recipe, data_directory)
     settings = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arm", "out", "data_directory"}}
     config = _changed(chosen.with_arm(arm), settings)
-    _show(lambda observe: session.run(config, _directory(out, recipe), observe), [config])
+    directory = _directory(out, recipe)
+    _show(lambda observe: session.run(config, directory, observe), directory, [config])
 
 
 @app.command("compare")
@@ -122,13 +123,14 @@ def compare_command(
     settings = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arms", "out", "data_directory"}}
     names = _arm_names(arms) or chosen.compared
     configs = [_changed(chosen.with_arm(name), settings) for name in names]
-    _show(lambda observe: session.compare(configs, _directory(out, f"{recipe}-compare"), observe), configs)
+    directory = _directory(out, f"{recipe}-compare")
+    _show(lambda observe: session.compare(configs, directory, observe), directory, configs)
 
 
 @app.command("resume")
 def resume_command(run: Annotated[Path, typer.Argument(help="A run directory or a comparison.")]) -> None:
     """Continue a run where it stopped; it ends with the same bits as an uninterrupted one."""
-    _show(lambda observe: session.resume(run, observe), [])
+    _show(lambda observe: session.resume(run, observe), run, [])
 
 
 @app.command("export")
@@ -210,7 +212,7 @@ def _directory(out: Path | None, name: str) -> Path:
     return next(path for path in taken if not path.exists())
 
 
-def _show(work: Callable[[session.Observer], session.Run], configs: Sequence[RunConfig]) -> None:
+def _show(work: Callable[[session.Observer], session.Run], directory: Path, configs: Sequence[RunConfig]) -> None:
     """Runs with one progress bar per arm, then prints the table and where everything is."""
     columns = (
         rich.progress.TextColumn("[bold]{task.description:<11}"),
@@ -229,7 +231,12 @@ def _show(work: Callable[[session.Observer], session.Run], configs: Sequence[Run
                 bars[name] = progress.add_task(name.value, total=config.num_rounds, figures="")
             progress.update(bars[name], completed=figures["round"], figures=seen.line(name, figures))
 
-        finished = work(observe)
+        try:
+            finished = work(observe)
+        except KeyboardInterrupt as interrupt:
+            progress.stop()
+            console.print(f"interrupted; continue with: cooperllm resume {directory}", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from interrupt
     for notice in finished.summary["notices"]:
         console.print(f"note: {notice}", highlight=False)
     console.print(arms_table(finished.summary))

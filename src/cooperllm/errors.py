@@ -7,6 +7,7 @@ CooperLLMError
 │   ├── DecodeError                         bytes that are not a message of this version
 │   └── ReplayMismatchError                      a replica that differs from the cloud's: its numbers must not count
 ├── LinkError                               the engine failed; the engine's own exception is __cause__
+├── DivergenceError                         the cloud's own numbers are no longer finite
 └── QuorumError                             too few usable reports to close a round
 """
 
@@ -37,6 +38,10 @@ class ReplayMismatchError(ProtocolError):
 
 class LinkError(CooperLLMError):
     """The federation engine failed; its own exception is the cause."""
+
+
+class DivergenceError(CooperLLMError):
+    """The public gradient is not finite: the run has diverged and can only be repeated with a smaller step."""
 
 
 class QuorumError(CooperLLMError):

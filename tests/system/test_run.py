@@ -16,7 +16,7 @@ import cooperllm
 from cooperllm.algorithm import replay
 from cooperllm.assembly import Assembly, assemble
 from cooperllm.config import AdapterKind, ArmName, EngineName, OptimizerConfig, OptimizerKind, Rectification
-from cooperllm.errors import QuorumError, RunDirectoryError
+from cooperllm.errors import DivergenceError, QuorumError, RunDirectoryError
 from cooperllm.link.loopback import Loopback
 from cooperllm.run_directory import RunDirectory
 
@@ -249,3 +249,29 @@ def test_a_second_run_into_the_same_directory_is_refused(tmp_path):
     cooperllm.run(tiny(num_rounds=1), tmp_path / "run")
     with pytest.raises(RunDirectoryError, match="not empty"):
         cooperllm.run(tiny(num_rounds=1), tmp_path / "run")
+
+
+def test_a_diverged_run_says_so(tmp_path):
+    config = tiny(ArmName.CLOUD_ONLY)
+    config = replace(config, arm=replace(config.arm, learning_rate=1e30))
+    with pytest.raises(DivergenceError, match=r"the run has diverged; repeat it with a learning rate below 1e\+30"):
+        cooperllm.run(config, tmp_path / "run")
+
+
+def test_ctrl_c_tells_how_to_continue(tmp_path, monkeypatch, capsys):
+    from cooperllm import cli
+
+    monkeypatch.setattr(sys, "argv", ["cooperllm", "run", "tiny", "--out", "cut", "--engine", "loopback"])
+    original = RunDirectory.append_round
+
+    def interrupted(self, figures):
+        original(self, figures)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append_round", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 130
+    assert "continue with: cooperllm resume cut" in " ".join(capsys.readouterr().out.split())
+    assert cooperllm.resume("cut").summary["arms"]["measured"]["rounds"] == 4

@@ -18,7 +18,7 @@ from cooperllm.algorithm.guidance import digest, dot
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud.guide import GuideMaker
 from cooperllm.config import RunConfig
-from cooperllm.errors import QuorumError
+from cooperllm.errors import DivergenceError, QuorumError
 from cooperllm.messages import EdgeReport, Guide, GuideKind, Outcome, Plan, RandomSlopes, Update
 
 COHORT = 1 << 60
@@ -78,7 +78,14 @@ class Cloud:
         self._arm_config = config.arm if guide_maker.has_every_class else replace(config.arm, public_weight=0.0)
 
     def plan(self) -> Prepared:
-        """Back-propagates on public data and says what the devices are to measure."""
+        """Back-propagates on public data and says what the devices are to measure.
+
+        Returns:
+            The plan, with what the cloud keeps to itself.
+
+        Raises:
+            DivergenceError: If the public gradient is not finite.
+        """
         config, round_index = self.config, self.replica.model_version
         seed = noise.derive(config.seed, round_index)
         guide, gradient, public_loss = self._make_guide(seed)
@@ -173,6 +180,11 @@ class Cloud:
         has_momentum = self._arm.has_momentum and config.queries > 1
         room = max(1, config.queries - config.residual_queries - has_momentum)
         columns, gradient, loss = self._guide_maker.columns(self._arm.guide, theta, seed, room)
+        if not np.isfinite(columns).all():
+            raise DivergenceError(
+                f"round {self.replica.model_version}: the public gradient is not finite, the run has diverged; repeat it with a "
+                f"learning rate below {config.learning_rate:g}"
+            )
         payload = compression.pack(columns, config.guide_bits)
         guide = Guide(kind=GuideKind.DIRECTIONS, payload=payload, has_momentum=has_momentum)
         return guide, gradient, loss
