@@ -1,6 +1,5 @@
 """The command line: thin, no arithmetic."""
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ import rich.console
 import rich.progress
 import typer
 
-from cooperllm import recipes, session
+from cooperllm import models, recipes, session
 from cooperllm.config import ArmName, EngineName, Partition, RunConfig
 from cooperllm.errors import ConfigError, CooperLLMError
 from cooperllm.report import arms_table, verdict
@@ -158,7 +157,7 @@ def main() -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    models.hush()
     try:
         app()
     except CooperLLMError as error:

