@@ -42,13 +42,16 @@ class Recipe:
 
 def demo(_data_directory: str = "") -> Recipe:
     """Reviews written by the embedded generator: the cloud has cameras, phones and kitchens, the devices films, books, hotels and more."""
-    arms = _arms(measured=0.06, paper=0.1, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.03, fedavg_bp=0.03)
-    return Recipe(config=RunConfig(recipe="demo", num_rounds=60, evaluate_every=5, arm=arms[ArmName.MEASURED]), arms=arms)
+    arms = _arms(measured=0.1, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.06, fedavg_bp=0.03)
+    config = RunConfig(
+        recipe="demo", federation=FederationConfig(dirichlet_alpha=5.0), num_rounds=50, evaluate_every=10, arm=arms[ArmName.MEASURED]
+    )
+    return Recipe(config=config, arms=arms)
 
 
 def sentiment_shift(data_directory: str = "data") -> Recipe:
     """Product reviews at the cloud (customer_reviews), film sentences on the devices (sst2): a shift of domain."""
-    arms = _arms(measured=0.06, paper=0.1, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.03, fedavg_bp=0.03)
+    arms = _arms(measured=0.12, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.06, fedavg_bp=0.03)
     data = DataConfig(public=SourceConfig(name=f"{data_directory}/customer_reviews"), private=SourceConfig(name=f"{data_directory}/sst2"))
     config = RunConfig(recipe="sentiment-shift", data=data, num_rounds=200, arm=arms[ArmName.MEASURED])
     return Recipe(config=config, arms=arms, needs_data_directory=True)
@@ -56,7 +59,7 @@ def sentiment_shift(data_directory: str = "data") -> Recipe:
 
 def missing_topics(data_directory: str = "data") -> Recipe:
     """News topics (ag_news) of which the cloud has seen two of four: missing classes."""
-    arms = _arms(measured=0.06, paper=0.1, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.03, fedavg_bp=0.03)
+    arms = _arms(measured=0.06, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.03, fedavg_bp=0.03)
     # What tells the missing classes apart is not in public data: here the random probes have to carry more.
     arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], effective_rank=200.0)
     source = SourceConfig(name=f"{data_directory}/ag_news")

@@ -262,7 +262,7 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
         "loss": None,
         "validation_accuracy": None,
         "public_loss": result.public_loss,
-        **dict.fromkeys(("rho", "weight", "span_energy", "slope_variance")),
+        **dict.fromkeys(("rho", "weight", "shrinkage", "span_energy", "slope_variance")),
         **closed.observed,
         "num_columns": len(closed.update.column_coefficients),
         "queries": result.queries,

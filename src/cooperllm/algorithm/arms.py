@@ -57,7 +57,7 @@ class Coordinates:
         columns: One coefficient per column, shape [k].
         random_terms: Coefficients along random directions.
         dense: A direction in full, shape [n], or None.
-        observed: Figures worth recording: rho, span_energy, weight, slope_variance.
+        observed: Figures worth recording: rho, weight (λ of the cloud's gradient), shrinkage, span_energy, slope_variance.
     """
 
     columns: Float32[np.ndarray, "k"]

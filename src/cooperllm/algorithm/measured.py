@@ -79,7 +79,8 @@ class MeasuredArm:
         energy = float(slopes.astype(np.float64) @ slopes)
         observed = {
             "rho": regression_slope(predicted, slopes),
-            "weight": weight,
+            "weight": config.public_weight,
+            "shrinkage": weight,
             "slope_variance": float(measured.column_variance.mean()) if len(slopes) else 0.0,
         }
         if num_probes and energy + outside > 0:
