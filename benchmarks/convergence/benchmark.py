@@ -147,7 +147,8 @@ def markdown(tables: dict[str, dict[str, object]], arguments: argparse.Namespace
         "",
         "MiniLM-L6, LoRA r 8 on query and value of the last two layers, mean-pooled head, texts cut at 32 tokens, 20 devices in 4 edges, "
         "Dirichlet 0.5, 5 devices a round, batch 16, 5 two-point queries per device and round for every zeroth-order arm, server "
-        f"momentum 0.9 for every arm. 'End' is the mean of the last {LAST} evaluations (every 10 rounds, 800 test examples); one entry per seed.",
+        f"momentum 0.9 for every arm. 'End' is the mean of the last {LAST} evaluations (every 10 rounds, 800 test examples); "
+        "one entry per seed.",
     ]
     for task, rows in tables.items():
         target = rows[ArmName.MEZO_FL.value]["end_accuracy"] if ArmName.MEZO_FL.value in rows else []

@@ -1,7 +1,7 @@
 """Peak memory of one device step against plain inference on the same batch, each in a process of its own.
 
 Peak is VmHWM after the work minus RSS after imports (the import-only baseline), so it holds the model, the batch and everything in between.
-The step is a whole one: decode the order, rebuild the span, measure every slope, encode the report. Prints a table and writes it.
+The step is a whole one: decode the order, take the snapshot in, rebuild the span, measure every slope, encode the report.
 
     python benchmarks/memory/benchmark.py
 """
@@ -16,7 +16,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+import cooperllm
+from cooperllm.assembly import Assembly, Material
+from cooperllm.config import ArmName
+from cooperllm.link.codec import encode
+from cooperllm.link.loopback import Loopback
+from cooperllm.round import run_round
+from cooperllm.run_directory import RunDirectory
+
 ROWS = ("inference", "measured", "mezo-fl", "fedavg-bp")
+BATCHES = ((16, False), (16, True), (1, False), (64, False))
 
 
 def status_mib(field: str) -> float:
@@ -27,77 +38,48 @@ def status_mib(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
-def work(row: str, batch_size: int, max_tokens: int, caches_prefix: bool) -> None:
-    """Does one row's work in this process and prints its peak in MiB."""
-    import torch
-
-    import cooperllm
-    from cooperllm import session  # noqa: F401 -- part of the baseline
-    from cooperllm.assembly import Assembly, Material
-    from cooperllm.config import ArmName, EngineName
-    from cooperllm.link.codec import encode
-    from cooperllm.run_directory import RunDirectory
-
-    arm = ArmName.MEASURED if row == "inference" else ArmName(row)
-    config = cooperllm.recipe("demo").with_arm(arm)
+def assembly_of(row: str, batch_size: int, *, caches_prefix: bool) -> Assembly:
+    """Builds the run whose device is looked at; nothing is written."""
+    config = cooperllm.recipe("demo").with_arm(ArmName.MEASURED if row == "inference" else ArmName(row))
     config = replace(
         config,
-        engine=EngineName.LOOPBACK,
-        model=replace(config.model, max_tokens=max_tokens, caches_prefix=caches_prefix),
+        model=replace(config.model, caches_prefix=caches_prefix),
         federation=replace(config.federation, batch_size=batch_size, num_devices=4, devices_per_round=1),
     )
+    return Assembly(config, RunDirectory(Path("never-written")), Material(config))
+
+
+def work(row: str, assembly: Assembly, order: Path) -> None:
+    """Does one row's work in this process and prints its peak in MiB."""
     torch.set_num_threads(1)
     baseline = status_mib("VmRSS")
-    material = Material(config)
-    assembly = Assembly(config, RunDirectory(Path("never-written")), material)
     if row == "inference":
-        batch = material.model.batch(material.private, material.shards[0][:batch_size].tolist())
+        material = assembly.material
+        batch = material.model.batch(material.private, material.shards[0][: assembly.config.federation.batch_size].tolist())
         with torch.inference_mode():
-            for _ in range(3):
-                material.model.loss(torch.from_numpy(assembly.start.theta), batch)
+            material.model.loss(torch.from_numpy(assembly.start.theta), batch)
     else:
-        # The cloud's part is prepared by another process, so that its back-propagation does not count here.
-        order = Path(os.environ["COOPERLLM_ORDER"]).read_bytes()
-        assembly.devices().answer(order)
-        assert order, encode
-    print(json.dumps({"peak_mib": status_mib("VmHWM") - baseline, "absolute_mib": status_mib("VmHWM"), "imports_mib": baseline}))
+        assembly.devices().answer(order.read_bytes())
+    print(json.dumps({"peak_mib": status_mib("VmHWM") - baseline}))
 
 
-def prepare(row: str, batch_size: int, max_tokens: int, caches_prefix: bool, path: Path) -> None:
-    """The cloud's part: after two rounds, so that momentum and every column exist, writes the third order of a device."""
-    import cooperllm
-    from cooperllm.assembly import Assembly, Material
-    from cooperllm.config import ArmName, EngineName
-    from cooperllm.link.codec import encode
-    from cooperllm.link.loopback import Loopback
-    from cooperllm.round import run_round
-    from cooperllm.run_directory import RunDirectory
-
-    config = cooperllm.recipe("demo").with_arm(ArmName(row))
-    config = replace(
-        config,
-        engine=EngineName.LOOPBACK,
-        model=replace(config.model, max_tokens=max_tokens, caches_prefix=caches_prefix),
-        federation=replace(config.federation, batch_size=batch_size, num_devices=4, devices_per_round=1),
-    )
-    assembly = Assembly(config, RunDirectory(Path("never-written")), Material(config))
+def prepare(assembly: Assembly, order: Path) -> None:
+    """The cloud's part, in another process: after two rounds momentum and every column exist; writes a device's third order."""
     cloud, edges, link = assembly.cloud(), assembly.edges(), Loopback(assembly.devices())
     for _ in range(2):
         run_round(cloud, edges, link)
     plan = cloud.plan().plan
-    order = next(order for edge in assembly.edges() for order in edge.fan_out(plan, cloud.replica))
-    snapshot = replace(order, updates=(), snapshot=cloud.replica.snapshot())
-    path.write_bytes(encode(snapshot))
+    first = next(found for edge in assembly.edges() for found in edge.fan_out(replace(plan, cohort=(0,)), cloud.replica))
+    order.write_bytes(encode(replace(first, updates=(), snapshot=cloud.replica.snapshot())))
 
 
-def measured(row: str, batch_size: int, max_tokens: int, caches_prefix: bool, order: Path) -> dict[str, float]:
+def peak_mib(row: str, batch_size: int, *, caches_prefix: bool, order: Path) -> float:
     """Runs one row in processes of its own."""
-    settings = [row, str(batch_size), str(max_tokens), str(int(caches_prefix))]
-    environment = os.environ | {"COOPERLLM_ORDER": str(order), "OMP_NUM_THREADS": "1"}
-    if row != "inference":
-        subprocess.run([sys.executable, __file__, "--prepare", *settings], check=True, env=environment, capture_output=True)
-    found = subprocess.run([sys.executable, __file__, "--row", *settings], check=True, env=environment, capture_output=True, text=True)
-    return json.loads(found.stdout.splitlines()[-1])
+    settings = [row, str(batch_size), str(int(caches_prefix)), str(order)]
+    for step in ("--prepare", "--row") if row != "inference" else ("--row",):
+        command = [sys.executable, __file__, step, *settings]
+        found = subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    return json.loads(found.stdout.splitlines()[-1])["peak_mib"]
 
 
 def main() -> None:
@@ -108,26 +90,27 @@ def main() -> None:
     parser.add_argument("--prepare", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row or arguments.prepare:
-        row, batch_size, max_tokens, caches_prefix = arguments.row or arguments.prepare
-        values = row, int(batch_size), int(max_tokens), bool(int(caches_prefix))
-        work(*values) if arguments.row else prepare(*values, Path(os.environ["COOPERLLM_ORDER"]))
+        row, batch_size, caches_prefix, order = arguments.row or arguments.prepare
+        assembly = assembly_of(row, int(batch_size), caches_prefix=bool(int(caches_prefix)))
+        work(row, assembly, Path(order)) if arguments.row else prepare(assembly, Path(order))
         return
     date = datetime.date.today()
     lines = [
         f"# Device memory, {date}",
         "",
-        f"Command: `python benchmarks/memory/benchmark.py`; {platform.machine()}, {os.cpu_count()} cores, one thread, "
-        f"Python {platform.python_version()}. MiniLM-L6, LoRA r 8 on query and value of the last two layers; MiB over the import-only baseline.",
+        f"Command: `python benchmarks/memory/benchmark.py`; {platform.machine()}, one thread, Python {platform.python_version()}, torch "
+        f"{torch.__version__}. MiniLM-L6, LoRA r 8 on query and value of the last two layers, texts of the demo (at most 32 tokens); MiB "
+        "over the import-only baseline.",
         "",
-        "| batch x tokens (at most) | frozen prefix | " + " | ".join(ROWS) + " | measured / inference |",
+        "| batch | frozen prefix | " + " | ".join(ROWS) + " | measured / inference |",
         "|---|---|" + "---|" * (len(ROWS) + 1),
     ]
     order = Path("order.tmp").resolve()
-    for batch_size, max_tokens, caches_prefix in ((16, 32, False), (16, 32, True), (1, 32, False), (64, 32, False)):
-        found = {row: measured(row, batch_size, max_tokens, caches_prefix, order) for row in ROWS}
-        peaks = " | ".join(f"{found[row]['peak_mib']:.0f}" for row in ROWS)
-        ratio = found["measured"]["peak_mib"] / found["inference"]["peak_mib"]
-        lines.append(f"| {batch_size} x {max_tokens} | {'cached' if caches_prefix else 'computed'} | {peaks} | {ratio:.3f} |")
+    for batch_size, caches_prefix in BATCHES:
+        peaks = {row: peak_mib(row, batch_size, caches_prefix=caches_prefix, order=order) for row in ROWS}
+        cells = " | ".join(f"{peak:.0f}" for peak in peaks.values())
+        ratio = peaks["measured"] / peaks["inference"]
+        lines.append(f"| {batch_size} | {'cached' if caches_prefix else 'computed'} | {cells} | {ratio:.3f} |")
         print(lines[-1], flush=True)
     order.unlink()
     arguments.results.mkdir(parents=True, exist_ok=True)
