@@ -10,8 +10,7 @@ Dimension key: B examples, T tokens, H hidden size, C classes, n trainable param
 import json
 import math
 import warnings
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from cooperllm.algorithm import noise
 from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
+from cooperllm.frozen_prefix import FrozenPrefix, original_layers
 
 PACKAGED = "minilm"
 TINY = "tiny-llama"
@@ -144,7 +144,7 @@ class Model:
         trained = {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
         self.layout = Layout(names=tuple(trained), shapes=tuple(tuple(tensor.shape) for tensor in trained.values()))
         self._trained = trained
-        self._prefix = _FrozenPrefix.find(network, self.layout.names) if config.caches_prefix else None
+        self._prefix = FrozenPrefix.find(network, self.layout.names) if config.caches_prefix else None
 
     def initial_parameters(self, seed: int) -> Float32[np.ndarray, "n"]:
         """Returns θ_0: LoRA's first factors drawn from the seed, a zero head, everything else as loaded.
@@ -252,7 +252,7 @@ class Model:
             for name, tensor in self._trained.items():
                 tensor.copy_(views[name])
         backbone: Any = self._network.get_submodule("backbone")
-        with _original_layers(self._prefix):
+        with original_layers(self._prefix):
             backbone.save_pretrained(directory)
         head = {name.removeprefix("classifier."): view.clone() for name, view in views.items() if name.startswith("classifier.")}
         if head:
@@ -403,119 +403,3 @@ def _word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
     if len(set(first)) != len(words):
         raise ConfigError(f"model.label_words: {list(words)} begin with the same token; choose words that differ from their first token on")
     return first
-
-
-class _PrefixReached(Exception):  # noqa: N818 -- a jump out of the forward pass, not an error
-    """Raised at the first adapted layer when only what lies before it is wanted."""
-
-
-class _Skippable(nn.Module):
-    """A frozen layer that can be passed over when the hidden states after it are known."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.is_skipped = False
-        self.returns_tuple = False
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Runs the layer, or hands its input on."""
-        if self.is_skipped:
-            return (hidden_states,) if self.returns_tuple else hidden_states
-        result = self.layer(hidden_states, *args, **kwargs)
-        self.returns_tuple = isinstance(result, tuple)
-        return result
-
-    def __getattr__(self, name: str) -> Any:
-        """Some architectures read attributes of their layers, for example the kind of attention."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
-
-
-class _FrozenPrefix:
-    """The layers below the first adapted one."""
-
-    def __init__(self, stack: nn.ModuleList, first: int) -> None:
-        self.stack: Any = stack
-        self.first = first
-        self.restore()
-        self._given: Tensor | None = None
-        self._reached: Tensor | None = None
-        self._is_computing = False
-        stack[first].register_forward_pre_hook(self._enter, with_kwargs=True)
-
-    @classmethod
-    def find(cls, network: nn.Module, trained: Sequence[str]) -> "_FrozenPrefix | None":
-        """Finds the stack of layers and the first that is trained; None when nothing below it is frozen."""
-        backbone: Any = network.get_submodule("backbone")
-        depth = int(backbone.config.num_hidden_layers)
-        stacks = [(name, part) for name, part in network.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
-        if not stacks:
-            return None
-        path, stack = stacks[0]
-        outside = [name for name in trained if not name.startswith((f"{path}.", "classifier."))]
-        inside = [int(name.removeprefix(f"{path}.").split(".")[0]) for name in trained if name.startswith(f"{path}.")]
-        first = min(inside, default=0)
-        return None if outside or first == 0 else cls(stack, first)
-
-    def restore(self) -> None:
-        """Wraps the frozen layers."""
-        for index in range(self.first):
-            if not isinstance(self.stack[index], _Skippable):
-                self.stack[index] = _Skippable(self.stack[index])
-
-    def unwrap(self) -> None:
-        """Puts the original layers back, for saving."""
-        for index in range(self.first):
-            self.stack[index] = self.stack[index].layer
-
-    def compute(self, network: nn.Module, token_ids: Tensor, mask: Tensor) -> Float[Tensor, "B T H"]:
-        """Runs the network up to the first adapted layer."""
-        self._is_computing = True
-        try:
-            network(token_ids, mask)
-        except _PrefixReached:
-            assert self._reached is not None, "the first adapted layer was reached without hidden states"
-            return self._reached
-        finally:
-            self._is_computing, self._reached = False, None
-        raise AssertionError("the network ended without passing its first adapted layer")
-
-    @contextmanager
-    def resumed(self, states: Tensor) -> Generator[None]:
-        """Within it, a forward pass starts from known hidden states."""
-        self._set_skipped(skipped=True)
-        self._given = states
-        try:
-            yield
-        finally:
-            self._given = None
-            self._set_skipped(skipped=False)
-
-    def _set_skipped(self, *, skipped: bool) -> None:
-        for index in range(self.first):
-            self.stack[index].is_skipped = skipped
-
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._is_computing:
-            self._reached = args[0] if args else kwargs["hidden_states"]
-            raise _PrefixReached
-        if self._given is None:
-            return args, kwargs
-        if args:
-            return (self._given, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self._given}
-
-
-@contextmanager
-def _original_layers(prefix: _FrozenPrefix | None) -> Generator[None]:
-    if prefix is None:
-        yield
-        return
-    prefix.unwrap()
-    try:
-        yield
-    finally:
-        prefix.restore()
