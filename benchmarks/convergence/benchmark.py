@@ -19,6 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cooperllm
 from cooperllm.config import ArmName, EngineName, RunConfig
@@ -67,15 +68,16 @@ class Job:
         )
 
 
-def curve(job: Job, work: Path, part: str = "accuracy_by_round") -> list[list[float]]:
-    """Reads a finished job's accuracies."""
-    summary = json.loads((job.path(work) / "summary.json").read_text())
-    return summary["arms"][job.arm.value][part]
+def curve(job: Job, work: Path, figure: str = "accuracy") -> list[list[float]]:
+    """Reads a job's evaluations, also those of a run that was stopped."""
+    rounds = [json.loads(line) for line in (job.path(work) / "rounds.jsonl").read_text().splitlines()]
+    start = [[0, rounds[0][f"{figure}_before"]]]
+    return start + [[row["round"], row[figure]] for row in rounds if row[figure] is not None]
 
 
 def validated(job: Job, work: Path) -> float:
     """What a learning rate is chosen by."""
-    return end(curve(job, work, "validation_accuracy_by_round"))
+    return end(curve(job, work, "validation_accuracy"))
 
 
 def end(points: list[list[float]], every: int = 10) -> float:
@@ -87,7 +89,7 @@ def end(points: list[list[float]], every: int = 10) -> float:
 def run_job(job: Job, arguments: argparse.Namespace) -> None:
     """Runs one job in a process of its own, with one thread, unless it is finished."""
     path = job.path(arguments.work)
-    if (path / "summary.json").is_file():
+    if (path / "summary.json").is_file() or arguments.report_only:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = [job.task, job.arm.value, repr(job.learning_rate), str(job.seed)]
@@ -111,7 +113,8 @@ def tuned(task: str, arm: ArmName, arguments: argparse.Namespace) -> float:
     jobs = [Job(task, arm, rate, arguments.seeds[0]) for rate in GRIDS[arm]]
     with ThreadPoolExecutor(arguments.processes) as pool:
         list(pool.map(lambda job: run_job(job, arguments), jobs))
-    return max(jobs, key=lambda job: validated(job, arguments.work)).learning_rate
+    found = [job for job in jobs if (job.path(arguments.work) / "rounds.jsonl").is_file()]
+    return max(found, key=lambda job: validated(job, arguments.work)).learning_rate
 
 
 def results(task: str, rates: dict[ArmName, float], arguments: argparse.Namespace) -> dict[str, object]:
@@ -122,7 +125,7 @@ def results(task: str, rates: dict[ArmName, float], arguments: argparse.Namespac
     rows = {}
     for arm, rate in rates.items():
         curves = [curve(Job(task, arm, rate, seed), arguments.work) for seed in arguments.seeds]
-        grid = {f"{other:g}": validated(Job(task, arm, other, arguments.seeds[0]), arguments.work) for other in GRIDS[arm]}
+        grid = {f"{other:g}": _entry(Job(task, arm, other, arguments.seeds[0]), arguments.work) for other in GRIDS[arm]}
         rows[arm.value] = {
             "learning_rate": rate,
             "at_edge_of_grid": rate in (GRIDS[arm][0], GRIDS[arm][-1]),
@@ -134,6 +137,20 @@ def results(task: str, rates: dict[ArmName, float], arguments: argparse.Namespac
             "curves": curves,
         }
     return rows
+
+
+def _entry(job: Job, work: Path) -> str:
+    """One learning rate's validation accuracy; a run that was stopped says after how many rounds."""
+    if not (job.path(work) / "rounds.jsonl").is_file():
+        return "not run"
+    points = curve(job, work, "validation_accuracy")
+    stopped = "" if points[-1][0] == ROUNDS[job.arm] else f" (stopped after round {int(points[-1][0])})"
+    return f"{end(points):.3f}{stopped}"
+
+
+def _reached(row: dict[str, Any], baseline: dict[str, Any] | None, key: str) -> list[int | None]:
+    """First evaluated round at the baseline's accuracy, seed by seed."""
+    return [rounds_to(points, level) for points, level in zip(row["curves"], baseline[key], strict=True)] if baseline else []
 
 
 def markdown(tables: dict[str, dict[str, object]], arguments: argparse.Namespace) -> str:
@@ -151,26 +168,19 @@ def markdown(tables: dict[str, dict[str, object]], arguments: argparse.Namespace
         "one entry per seed.",
     ]
     for task, rows in tables.items():
-        target = rows[ArmName.MEZO_FL.value]["end_accuracy"] if ArmName.MEZO_FL.value in rows else []
-        lines += [
-            "",
-            f"## {task}",
-            "",
-            "| arm | learning rate | rounds | end | last | best | rounds to MeZO-FL's end | ratio |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        baseline = rows.get(ArmName.MEZO_FL.value)
+        head = "| arm | learning rate | rounds | end | last | best | rounds to MeZO-FL's end | rounds to MeZO-FL's best | ratio (best) |"
+        lines += ["", f"## {task}", "", head, "|---" * 9 + "|"]
         for name, row in rows.items():
-            reached = [rounds_to(points, level) for points, level in zip(row["curves"], target, strict=True)] if target else []
-            ratios = [f"{LONG / found:.1f}" if found else "-" for found in reached]
             edge = " (edge of grid)" if row["at_edge_of_grid"] else ""
             numbers = [" / ".join(f"{value:.3f}" for value in row[key]) for key in ("end_accuracy", "last_accuracy", "best_accuracy")]
-            lines.append(
-                f"| {name} | {row['learning_rate']:g}{edge} | {row['rounds']} | {' | '.join(numbers)} | "
-                f"{' / '.join(str(found) if found else 'never' for found in reached)} | {' / '.join(ratios)} |"
-            )
+            to_end, to_best = _reached(row, baseline, "end_accuracy"), _reached(row, baseline, "best_accuracy")
+            ratios = " / ".join(f"{LONG / found:.1f}" if found else "-" for found in to_best)
+            reached = " | ".join(" / ".join(str(found or "never") for found in rounds) for rounds in (to_end, to_best))
+            lines.append(f"| {name} | {row['learning_rate']:g}{edge} | {row['rounds']} | {' | '.join(numbers)} | {reached} | {ratios} |")
         lines += ["", "Validation accuracy by learning rate (first seed):", ""]
         for name, row in rows.items():
-            lines.append(f"- {name}: " + ", ".join(f"{rate} {value:.3f}" for rate, value in row["validation_by_rate"].items()))
+            lines.append(f"- {name}: " + ", ".join(f"{rate}: {value}" for rate, value in row["validation_by_rate"].items()))
     return "\n".join(lines) + "\n"
 
 
@@ -184,6 +194,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--arms", nargs="+", default=[arm.value for arm in GRIDS], choices=[arm.value for arm in GRIDS])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--report-only", action="store_true", help="run nothing; report on what is there, stopped runs included")
     parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
