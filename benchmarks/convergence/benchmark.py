@@ -83,7 +83,7 @@ def validated(job: Job, work: Path) -> float:
 def end(points: list[list[float]], every: int = 10) -> float:
     """Means the last evaluations that all runs share."""
     shared = [accuracy for number, accuracy in points if number % every == 0]
-    return sum(shared[-LAST:]) / LAST
+    return sum(shared[-LAST:]) / len(shared[-LAST:])
 
 
 def run_job(job: Job, arguments: argparse.Namespace) -> None:
@@ -176,7 +176,7 @@ def markdown(tables: dict[str, dict[str, object]], arguments: argparse.Namespace
             numbers = [" / ".join(f"{value:.3f}" for value in row[key]) for key in ("end_accuracy", "last_accuracy", "best_accuracy")]
             to_end, to_best = _reached(row, baseline, "end_accuracy"), _reached(row, baseline, "best_accuracy")
             ratios = " / ".join(f"{LONG / found:.1f}" if found else "-" for found in to_best)
-            reached = " | ".join(" / ".join(str(found or "never") for found in rounds) for rounds in (to_end, to_best))
+            reached = " | ".join(" / ".join("never" if found is None else str(found) for found in rounds) for rounds in (to_end, to_best))
             lines.append(f"| {name} | {row['learning_rate']:g}{edge} | {row['rounds']} | {' | '.join(numbers)} | {reached} | {ratios} |")
         lines += ["", "Validation accuracy by learning rate (first seed):", ""]
         for name, row in rows.items():

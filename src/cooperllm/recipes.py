@@ -42,7 +42,9 @@ class Recipe:
 
 def demo(_data_directory: str = "") -> Recipe:
     """Reviews written by the embedded generator: the cloud has cameras, phones and kitchens, the devices films, books, hotels and more."""
-    arms = _arms(measured=0.1, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.06, fedavg_bp=0.03)
+    arms = _arms(measured=0.1, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.03, fedavg_bp=0.03)
+    # The same words praise a camera and damn a hotel here: the cloud's own gradient gets less of a say than usual.
+    arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], public_weight=0.2)
     config = RunConfig(
         recipe="demo", federation=FederationConfig(dirichlet_alpha=5.0), num_rounds=50, evaluate_every=10, arm=arms[ArmName.MEASURED]
     )
