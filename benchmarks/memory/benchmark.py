@@ -27,7 +27,7 @@ from cooperllm.round import run_round
 from cooperllm.run_directory import RunDirectory
 
 ROWS = ("inference", "measured", "mezo-fl", "fedavg-bp")
-BATCHES = ((16, False), (16, True), (1, False), (64, False))
+BATCHES = ((16, False), (16, True), (1, False))
 
 
 def status_mib(field: str) -> float:
