@@ -94,11 +94,13 @@ def compare(configs: Sequence[RunConfig], directory: Path | str, observe: Observ
     path = Path(directory)
     if path.exists() and any(path.iterdir()):
         raise RunDirectoryError(f"{path}: the directory is not empty; choose another, or continue it with `cooperllm resume {path}`")
-    Material(configs[0]).check()
+    material = Material(configs[0])
+    material.check()
     for config in configs:
         RunDirectory.create(path / config.arm.name.value, config)
-    RunDirectory(path).write_json("comparison.json", {"arms": [config.arm.name.value for config in configs]})
-    return resume(path, observe)
+    names = [config.arm.name.value for config in configs]
+    RunDirectory(path).write_json("comparison.json", {"arms": names})
+    return _all_continued(path, names, material, observe)
 
 
 def resume(directory: Path | str, observe: Observer | None = None) -> Run:
@@ -118,7 +120,11 @@ def resume(directory: Path | str, observe: Observer | None = None) -> Run:
     names = _compared(path)
     if not names:
         return _continued(RunDirectory(path), None, observe)
-    material = Material(RunDirectory(path / names[0]).config())
+    return _all_continued(path, names, Material(RunDirectory(path / names[0]).config()), observe)
+
+
+def _all_continued(path: Path, names: Sequence[str], material: Material, observe: Observer | None) -> Run:
+    """Brings every arm of a comparison to its end and reports on all of them."""
     runs = [_continued(RunDirectory(path / name), material, observe) for name in names]
     summary = runs[0].summary | {"arms": {name: part for run in runs for name, part in run.summary["arms"].items()}}
     summary["command"] = f"cooperllm compare {summary['recipe']} --arms {','.join(names)} --seed {summary['seed']}"

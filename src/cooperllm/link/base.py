@@ -1,6 +1,6 @@
 """The seam between the rooms and whatever carries their messages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -40,7 +40,3 @@ class Devices(Protocol):
     def answer(self, data: bytes) -> bytes:
         """Handles one encoded order and returns the encoded report."""
         ...
-
-
-Answers = Mapping[int, bytes]
-"""Encoded reports by device."""
