@@ -1,7 +1,8 @@
 """Convergence of every arm on real data under shift, each with its learning rate tuned in the same way.
 
 For each task and arm: one run per learning rate of the grid with the first seed; the rate with the best mean of its last validation
-accuracies is chosen, and the test accuracies of that very run are its result for the first seed; then the other seeds run with that rate.
+accuracies is chosen, and while that is the smallest or largest tried, the grid grows beyond it. The test accuracies of that very run are
+the arm's result for the first seed; then the other seeds run with that rate.
 Everything else (data, model, batches, optimiser, two-point queries per device and round) is the same for all arms.
 
 A job is a run directory, so a killed benchmark continues where it stopped. Results go to benchmarks/results/.
@@ -28,14 +29,17 @@ from cooperllm.session import rounds_to
 TASKS = ("sentiment-shift", "missing-topics")
 GRIDS = {
     ArmName.MEZO_FL: (0.001, 0.002, 0.004),
+    ArmName.FEEDBACK: (0.03, 0.06, 0.12),
     ArmName.MEASURED: (0.03, 0.06, 0.12),
-    ArmName.CLOUD_ONLY: (0.01, 0.03, 0.06, 0.12),
-    ArmName.PAPER: (0.1, 0.3, 1.0),
+    ArmName.CLOUD_ONLY: (0.03, 0.06, 0.12),
+    ArmName.PAPER: (0.05, 0.1, 0.2),
     ArmName.FEDAVG_BP: (0.015, 0.03, 0.06),
     ArmName.DECOMFL: (0.001, 0.002, 0.004),
 }
+WIDEST = 7
+"""Learning rates tried at most; a best one at the edge of so wide a grid is reported as such."""
 LONG, SHORT = 200, 60
-ROUNDS = {name: LONG if name in {ArmName.MEZO_FL, ArmName.DECOMFL} else SHORT for name in GRIDS}
+ROUNDS = {name: LONG if name is ArmName.MEZO_FL else SHORT for name in GRIDS}
 LAST = 4
 """Evaluations whose mean counts as the end of a run: single ones are noisy."""
 
@@ -62,7 +66,7 @@ class Job:
             num_rounds=ROUNDS[self.arm],
             seed=self.seed,
             validates=True,
-            evaluate_every=5 if self.arm is ArmName.MEASURED else 10,
+            evaluate_every=5 if self.arm in {ArmName.FEEDBACK, ArmName.MEASURED} else 10,
             checkpoint_every=50,
             engine=EngineName.LOOPBACK,
         )
@@ -108,27 +112,32 @@ def work_on(job: Job, arguments: argparse.Namespace) -> None:
         cooperllm.run(job.config(arguments.data_directory), path)
 
 
-def tuned(task: str, arm: ArmName, arguments: argparse.Namespace) -> float:
-    """Chooses the learning rate on the validation split, first seed."""
-    jobs = [Job(task, arm, rate, arguments.seeds[0]) for rate in GRIDS[arm]]
-    with ThreadPoolExecutor(arguments.processes) as pool:
-        list(pool.map(lambda job: run_job(job, arguments), jobs))
-    found = [job for job in jobs if (job.path(arguments.work) / "rounds.jsonl").is_file()]
-    return max(found, key=lambda job: validated(job, arguments.work)).learning_rate
+def tuned(task: str, arm: ArmName, arguments: argparse.Namespace) -> tuple[float, list[float]]:
+    """Chooses the learning rate on the validation split, first seed, and returns it with every rate tried."""
+    rates = list(GRIDS[arm])
+    while True:
+        jobs = [Job(task, arm, rate, arguments.seeds[0]) for rate in rates]
+        with ThreadPoolExecutor(arguments.processes) as pool:
+            list(pool.map(lambda job: run_job(job, arguments), jobs))
+        found = [job for job in jobs if (job.path(arguments.work) / "rounds.jsonl").is_file()]
+        best = max(found, key=lambda job: validated(job, arguments.work)).learning_rate
+        if rates[0] < best < rates[-1] or len(rates) == WIDEST or arguments.report_only:
+            return best, rates
+        rates = [*rates, 2 * best] if best == rates[-1] else [best / 2, *rates]
 
 
-def results(task: str, rates: dict[ArmName, float], arguments: argparse.Namespace) -> dict[str, object]:
+def results(task: str, found: dict[ArmName, tuple[float, list[float]]], arguments: argparse.Namespace) -> dict[str, object]:
     """Runs every seed at the chosen rates and puts the figures together."""
-    jobs = [Job(task, arm, rate, seed) for arm, rate in rates.items() for seed in arguments.seeds]
+    jobs = [Job(task, arm, rate, seed) for arm, (rate, _) in found.items() for seed in arguments.seeds]
     with ThreadPoolExecutor(arguments.processes) as pool:
         list(pool.map(lambda job: run_job(job, arguments), jobs))
     rows = {}
-    for arm, rate in rates.items():
+    for arm, (rate, tried) in found.items():
         curves = [curve(Job(task, arm, rate, seed), arguments.work) for seed in arguments.seeds]
-        grid = {f"{other:g}": _entry(Job(task, arm, other, arguments.seeds[0]), arguments.work) for other in GRIDS[arm]}
+        grid = {f"{other:g}": _entry(Job(task, arm, other, arguments.seeds[0]), arguments.work) for other in tried}
         rows[arm.value] = {
             "learning_rate": rate,
-            "at_edge_of_grid": rate in (GRIDS[arm][0], GRIDS[arm][-1]),
+            "at_edge_of_grid": rate in (tried[0], tried[-1]),
             "validation_by_rate": grid,
             "rounds": ROUNDS[arm],
             "end_accuracy": [end(points) for points in curves],
@@ -204,8 +213,7 @@ def main() -> None:
     arms = [arm for arm in GRIDS if arm.value in arguments.arms]
     tables = {}
     for task in arguments.tasks:
-        rates = {arm: tuned(task, arm, arguments) for arm in arms}
-        tables[task] = results(task, rates, arguments)
+        tables[task] = results(task, {arm: tuned(task, arm, arguments) for arm in arms}, arguments)
         name = f"convergence_minilm_{platform.machine()}_{datetime.date.today()}"
         arguments.results.mkdir(parents=True, exist_ok=True)
         (arguments.results / f"{name}.json").write_text(json.dumps(tables, indent=1) + "\n")

@@ -26,7 +26,7 @@ from cooperllm.link.loopback import Loopback
 from cooperllm.round import run_round
 from cooperllm.run_directory import RunDirectory
 
-ROWS = ("inference", "measured", "mezo-fl", "fedavg-bp")
+ROWS = ("inference", "measured", "feedback", "mezo-fl", "fedavg-bp")
 BATCHES = ((16, False), (16, True), (1, False))
 
 
@@ -64,12 +64,12 @@ def work(row: str, assembly: Assembly, order: Path) -> None:
 
 
 def prepare(assembly: Assembly, order: Path) -> None:
-    """The cloud's part, in another process: after two rounds momentum and every column exist; writes a device's third order."""
+    """The cloud's part, in another process: after two rounds momentum, basis and maps exist; writes a device's third order."""
     cloud, edges, link = assembly.cloud(), assembly.edges(), Loopback(assembly.devices())
     for _ in range(2):
         run_round(cloud, edges, link)
     plan = cloud.plan().plan
-    first = next(found for edge in assembly.edges() for found in edge.fan_out(replace(plan, cohort=(0,)), cloud.replica))
+    first = next(found for edge in assembly.edges() for found in edge.fan_out(replace(plan, cohort=(0,), maps=cloud.maps()), cloud.replica))
     order.write_bytes(encode(replace(first, updates=(), snapshot=cloud.replica.snapshot())))
 
 
@@ -102,15 +102,15 @@ def main() -> None:
         f"{torch.__version__}. MiniLM-L6, LoRA r 8 on query and value of the last two layers, texts of the demo (at most 32 tokens); MiB "
         "over the import-only baseline.",
         "",
-        "| batch | frozen prefix | " + " | ".join(ROWS) + " | measured / inference |",
-        "|---|---|" + "---|" * (len(ROWS) + 1),
+        "| batch | frozen prefix | " + " | ".join(ROWS) + " | measured / inference | feedback / inference |",
+        "|---|---|" + "---|" * (len(ROWS) + 2),
     ]
     order = Path("order.tmp").resolve()
     for batch_size, caches_prefix in BATCHES:
         peaks = {row: peak_mib(row, batch_size, caches_prefix=caches_prefix, order=order) for row in ROWS}
         cells = " | ".join(f"{peak:.0f}" for peak in peaks.values())
-        ratio = peaks["measured"] / peaks["inference"]
-        lines.append(f"| {batch_size} | {'cached' if caches_prefix else 'computed'} | {cells} | {ratio:.3f} |")
+        ratios = " | ".join(f"{peaks[row] / peaks['inference']:.3f}" for row in ("measured", "feedback"))
+        lines.append(f"| {batch_size} | {'cached' if caches_prefix else 'computed'} | {cells} | {ratios} |")
         print(lines[-1], flush=True)
     order.unlink()
     arguments.results.mkdir(parents=True, exist_ok=True)

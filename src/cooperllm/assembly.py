@@ -1,5 +1,6 @@
 """Builds the tiers of a run from its configuration: the one place where models, data and rooms meet."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,13 +10,15 @@ from jaxtyping import Int64
 
 from cooperllm import data, models
 from cooperllm.algorithm import noise, replay
+from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
-from cooperllm.cloud import Cloud, GuideMaker
-from cooperllm.config import RunConfig
+from cooperllm.cloud import Cloud, GuideMaker, MapFitter
+from cooperllm.config import ArmName, RunConfig
 from cooperllm.data import Task, Texts
 from cooperllm.device import Host
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.edge import Edge
+from cooperllm.errors import ConfigError
 from cooperllm.models import Examples, Model
 from cooperllm.run_directory import RunDirectory
 
@@ -37,13 +40,21 @@ class Material:
         mine = self._config
         return (mine.model, mine.data, mine.federation, mine.seed) == (config.model, config.data, config.federation, config.seed)
 
-    def check(self) -> None:
+    def check(self, arms: Iterable[ArmName]) -> None:
         """Loads everything that a mistake of the user's could be in, before anything is written.
 
+        Args:
+            arms: Methods that are going to run.
+
         Raises:
-            ConfigError: See `data.load`, `data.partition` and `models.load`.
+            ConfigError: See `data.load`, `data.partition` and `models.load`; also if an arm cannot train this kind of adapter.
         """
         _ = self.shards, self.model  # loading is the check; not in an assertion, which -O would leave out
+        if any(arm(name).has_maps for name in arms) and not self.model.adapted.is_complete:
+            raise ConfigError(
+                f"arm.name: feedback estimates gradients of low-rank adapters and a linear head, found adapter "
+                f"'{self._config.model.adapter.value}'; choose --adapter lora, or the arm measured"
+            )
 
     @cached_property
     def task(self) -> Task:
@@ -106,14 +117,22 @@ class Assembly:
 
     def cloud(self) -> Cloud:
         """Builds the cloud at version 0."""
-        arm = self.config.arm
-        maker = GuideMaker(self.material.model, self.material.public, arm.public_batch_size, arm.pool_size)
-        return Cloud(self.config, self.start, maker)
+        settings = self.config.arm
+        maker = GuideMaker(self.material.model, self.material.public, settings.public_batch_size, settings.pool_size)
+        fitter = MapFitter(
+            self.material.model,
+            self.material.public,
+            num_examples=settings.map_examples,
+            num_components=settings.map_components,
+            bits=settings.guide_bits,
+            most_blocks=settings.feedback_blocks,
+        )
+        return Cloud(self.config, self.start, maker, fitter)
 
     def edges(self) -> list[Edge]:
         """Builds the edges; devices are dealt to them in turn."""
-        federation = self.config.federation
-        return [Edge(edge, range(edge, federation.num_devices, federation.num_edges)) for edge in range(federation.num_edges)]
+        federation, size = self.config.federation, self.material.model.layout.size
+        return [Edge(edge, range(edge, federation.num_devices, federation.num_edges), size) for edge in range(federation.num_edges)]
 
     def devices(self) -> Host:
         """Builds every device of the run in this process."""

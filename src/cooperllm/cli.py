@@ -12,7 +12,7 @@ import rich.progress
 import typer
 
 from cooperllm import models, recipes, session
-from cooperllm.config import ArmName, EngineName, Partition, RunConfig
+from cooperllm.config import AdapterKind, ArmName, EngineName, OptimizerKind, Partition, RunConfig
 from cooperllm.errors import ConfigError, CooperLLMError
 from cooperllm.report import arms_table, verdict
 
@@ -49,6 +49,8 @@ Alpha = Annotated[float | None, typer.Option("--dirichlet-alpha", help="Concentr
 Engine = Annotated[EngineName | None, typer.Option("--engine", help="What carries messages; all give the same numbers.")]
 MemoryMib = Annotated[float | None, typer.Option("--memory-mib", help="Memory for batched points on a device; one by one by default.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Step size; the recipe's by default.")]
+OptimizerName = Annotated[OptimizerKind | None, typer.Option("--optimizer", help="The server's optimiser; rates are for momentum.")]
+Adapter = Annotated[AdapterKind | None, typer.Option("--adapter", help="What is trained.")]
 Queries = Annotated[int | None, typer.Option("--queries", help="Two-point queries per device and round.")]
 
 
@@ -60,7 +62,9 @@ def run_command(
     queries: Queries = None,
     rounds: Rounds = None,
     seed: Seed = None,
+    optimizer: OptimizerName = None,
     model: Model = None,
+    adapter: Adapter = None,
     target_modules: Targets = None,
     last_layers: LastLayers = None,
     max_tokens: MaxTokens = None,
@@ -96,7 +100,9 @@ def compare_command(
     queries: Queries = None,
     rounds: Rounds = None,
     seed: Seed = None,
+    optimizer: OptimizerName = None,
     model: Model = None,
+    adapter: Adapter = None,
     target_modules: Targets = None,
     last_layers: LastLayers = None,
     max_tokens: MaxTokens = None,
@@ -173,7 +179,7 @@ def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     def pick(**names: str) -> dict[str, Any]:
         return {field: given[option] for field, option in names.items() if option in given}
 
-    model = pick(name="model", last_layers="last_layers", max_tokens="max_tokens")
+    model = pick(name="model", adapter="adapter", last_layers="last_layers", max_tokens="max_tokens")
     if "target_modules" in given:
         model["target_modules"] = tuple(filter(None, given["target_modules"].split(",")))
     columns = pick(text_column="text_column", second_text_column="second_text_column", label_column="label_column")
@@ -190,6 +196,7 @@ def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
             private=replace(config.data.private, **pick(name="private"), **columns),
         ),
         federation=replace(config.federation, **federation),
+        optimizer=replace(config.optimizer, **pick(kind="optimizer")),
         arm=replace(config.arm, **pick(learning_rate="learning_rate", queries="queries")),
         **pick(num_rounds="rounds", seed="seed", engine="engine", memory_mib="memory_mib"),
     )

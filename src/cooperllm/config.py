@@ -13,6 +13,7 @@ from cooperllm.errors import ConfigError
 class ArmName(Enum):
     """The methods that share this frame."""
 
+    FEEDBACK = "feedback"
     MEASURED = "measured"
     PAPER = "paper"
     MEZO_FL = "mezo-fl"
@@ -233,12 +234,18 @@ class ArmConfig:
         queries: Two-point queries per device and round, >= 1, for every zeroth-order arm.
         column_scale: Half-step μ along a unit direction, > 0.
         random_scale: Half-step μ along a standard normal direction, > 0.
-        guide_bits: Bits per entry of a packed guide: 4, 8 or 32.
+        guide_bits: Bits per entry of packed columns and maps: 4, 8 or 32.
         public_batch_size: Public examples per round, >= 1.
-        residual_queries: Measured arm: queries kept for random directions even when columns could use them, >= 0.
-        effective_rank: Measured arm: dimension r that shrinks the residual part by P/(P+r), >= 0.
+        basis_size: Measured arm: public examples whose gradients random probes are mixed from in every other round, 0 to 1000; 0 leaves
+            all random probes isotropic.
+        effective_rank: Measured arm: rank r that shrinks P isotropic probes by P/(P+r), >= 0.
         public_weight: Measured arm: weight λ of the cloud's own gradient along the columns, in [0, 1]; it counts as 0 where the public
             data lack a class.
+        feedback_blocks: Feedback arm: blocks of layers whose estimate is measured, one query each, >= 1; fewer where the model has fewer.
+        estimate_bits: Feedback arm: bits per entry of an estimate on the link: 4, 8 or 32.
+        map_examples: Feedback arm: public texts that maps are fitted on, >= 8.
+        map_components: Feedback arm: principal components of a layer's input that maps may depend on, >= 1.
+        map_refresh: Feedback arm: rounds between two fits in the long run, >= 1.
         blend: Paper's arm: share α of the isotropic part, in (0, 1].
         blend_scale: Paper's arm: length β, > 0.
         pool_size: Paper's arm: public gradients kept, newest first, >= 1.
@@ -252,11 +259,16 @@ class ArmConfig:
     queries: int = 5
     column_scale: float = 0.03
     random_scale: float = 1e-3
-    guide_bits: int = 8
+    guide_bits: int = 4
     public_batch_size: int = 64
-    residual_queries: int = 2
-    effective_rank: float = 4000.0
+    basis_size: int = 64
+    effective_rank: float = 500.0
     public_weight: float = 0.5
+    feedback_blocks: int = 2
+    estimate_bits: int = 8
+    map_examples: int = 256
+    map_components: int = 48
+    map_refresh: int = 8
     blend: float = 0.5
     blend_scale: float = 1.0
     pool_size: int = 1
@@ -268,11 +280,20 @@ class ArmConfig:
         for name in ("learning_rate", "column_scale", "random_scale", "blend_scale", "local_learning_rate"):
             value = getattr(self, name)
             _check(0 < value < math.inf, f"arm.{name}", value, "> 0")
-        for name in ("queries", "public_batch_size", "pool_size", "local_steps"):
+        for name in ("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh"):
             _check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
-        _check(self.guide_bits in {4, 8, 32}, "arm.guide_bits", self.guide_bits, "4, 8 or 32")
-        _check(self.residual_queries >= 0, "arm.residual_queries", self.residual_queries, ">= 0")
+        for name in ("guide_bits", "estimate_bits"):
+            _check(getattr(self, name) in {4, 8, 32}, f"arm.{name}", getattr(self, name), "4, 8 or 32")
+        _check(self.map_examples >= 8, "arm.map_examples", self.map_examples, ">= 8")
+        needs = 1 + self.feedback_blocks
+        _check(
+            self.name is not ArmName.FEEDBACK or self.queries >= needs,
+            "arm.queries",
+            self.queries,
+            f">= {needs}: one for the estimate and one per block",
+        )
         _check(self.effective_rank >= 0, "arm.effective_rank", self.effective_rank, ">= 0")
+        _check(0 <= self.basis_size <= 1000, "arm.basis_size", self.basis_size, "0 to 1000")
         _check(0 <= self.public_weight <= 1, "arm.public_weight", self.public_weight, "in [0, 1]")
         _check(0 < self.blend <= 1, "arm.blend", self.blend, "in (0, 1]")
 

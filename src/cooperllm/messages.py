@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float32
 from msgspec import Meta
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
@@ -37,12 +37,6 @@ class Outcome(Enum):
     MISMATCH = "answers another plan"
 
 
-class GuideKind(Enum):
-    """What a guide's bytes hold. Feedback maps will be the second kind; a replica refuses a kind it does not know."""
-
-    DIRECTIONS = "directions"
-
-
 class Grouping(Enum):
     """Who shares a round's random directions."""
 
@@ -53,17 +47,66 @@ class Grouping(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guide:
-    """What the cloud learnt from public data, packed for the link.
+    """Directions that the cloud learnt from public data, packed for the link.
 
     Attributes:
-        kind: What the payload holds.
-        payload: Output of `algorithm.compression.pack`: the columns before orthonormalisation.
+        payload: Output of `algorithm.compression.pack`: the columns before orthonormalisation, then the basis of random probes.
+        num_columns: How many of the rows are columns; the rest is the basis.
         has_momentum: Whether the server's momentum, which every replica holds, is the first column of the span.
     """
 
-    kind: GuideKind
     payload: bytes
+    num_columns: Count
     has_momentum: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """A vector whose length counts, packed for the link.
+
+    Attributes:
+        scale: What the decoded payload is multiplied with, >= 0.
+        payload: Output of `algorithm.compression.pack` for one column.
+    """
+
+    scale: Annotated[float, Meta(ge=0, le=1e30)]
+    payload: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Maps:
+    """The other kind of guide: how the output error reaches the adapted layers, learnt on public text.
+
+    Attributes:
+        version: Updates in the θ that they were fitted at.
+        contrasts: E, shape [K, C].
+        basis_of_layer: Which basis describes the input of each adapted layer; layers with the same input share one.
+        num_components: Columns c of each basis.
+        values: All bases [H, c], then the maps [K, 1 + 2c, D] of each layer, packed as one vector.
+    """
+
+    version: Count
+    contrasts: Float32[np.ndarray, "_K _C"]
+    basis_of_layer: tuple[Count, ...]
+    num_components: Count
+    values: Packed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feedback:
+    """Asks a device for an estimate of its gradient, and how much of it is true.
+
+    Attributes:
+        maps_version: Version of the maps to use; -1 when there are none yet and only the head's exact gradient is wanted.
+        blocks: Half-open ranges of θ; one two-point slope is measured along the estimate's part in each.
+        bits: Bits per entry of the estimate on the link: 4, 8 or 32.
+        slope_scale: Half-step μ of those slopes, > 0.
+    """
+
+    maps_version: int
+    blocks: tuple[tuple[Count, Count], ...]
+    bits: Count
+    slope_scale: Annotated[float, Meta(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +119,7 @@ class Probes:
         grouping: Who shares random directions.
         column_scale: Half-step μ along a unit column, > 0.
         random_scale: Half-step μ along a random direction, > 0.
-        blend: Share α of the isotropic part in a guided perturbation, in (0, 1]; None leaves random directions as they are.
+        blend: Share α of the isotropic part in a guided perturbation, in [0, 1]; None leaves random directions as they are.
         blend_scale: Length β of a guided perturbation, > 0.
     """
 
@@ -91,8 +134,8 @@ class Probes:
     def __post_init__(self) -> None:
         if not (self.column_scale > 0 and self.random_scale > 0 and self.blend_scale > 0):
             raise ValueError("probes: every scale must be > 0")
-        if self.blend is not None and not 0 < self.blend <= 1:
-            raise ValueError(f"probes: blend {self.blend} is outside (0, 1]")
+        if self.blend is not None and not 0 <= self.blend <= 1:
+            raise ValueError(f"probes: blend {self.blend} is outside [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,10 +164,12 @@ class Plan:
         cohort: Devices taking part.
         batch_size: Examples per device.
         guide: Packed guide, or None.
-        guide_hash: Digest of the decoded, orthonormal span; empty span without a guide.
+        guide_hash: Digest of the decoded span and basis; both empty without a guide.
         num_columns: Columns k of that span.
         probes: Slopes to measure, or None.
         local_training: The alternative to probes, or None.
+        feedback: An estimate to make, beside the probes, or None.
+        maps: The maps that `feedback` names, for a receiver that does not have them yet, or None.
     """
 
     round_index: Count
@@ -139,6 +184,8 @@ class Plan:
     num_columns: Count
     probes: Probes | None = None
     local_training: LocalTraining | None = None
+    feedback: Feedback | None = None
+    maps: Maps | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -167,7 +214,7 @@ class Update:
         guide: Packed guide whose columns the coefficients belong to, or None.
         column_coefficients: One number per column of the span, shape [k].
         random_terms: Parts along random directions.
-        dense: A direction in full (federated averaging only), shape [n], or None.
+        dense: A direction in full, packed, or None.
         theta_hash: Digest of the replica's state after the step.
     """
 
@@ -178,7 +225,7 @@ class Update:
     guide: Guide | None
     column_coefficients: Float32[np.ndarray, "_k"]
     random_terms: tuple[RandomTerm, ...]
-    dense: Float32[np.ndarray, "_n"] | None
+    dense: Packed | None
     theta_hash: Digest
 
 
@@ -229,7 +276,9 @@ class DeviceReport:
         outcome: How the work ended; numbers of any outcome but OK are not used.
         column_slopes: Slopes along the span's columns, shape [k].
         random_slopes: Slopes along random (or guided) directions, shape [P].
-        estimate: An estimate of the private gradient in full, shape [n], where the plan asked for one.
+        estimate: An estimate of the private gradient in full, packed, where the plan asked for one.
+        agreement: <g, ê_b> of each block of that estimate, measured as slopes, shape [b].
+        energy: |ê_b|² of each block, shape [b].
         forward_passes: Forward passes of one batch that the work took; a backward pass counts as two.
     """
 
@@ -241,7 +290,9 @@ class DeviceReport:
     outcome: Outcome
     column_slopes: Float32[np.ndarray, "_k"]
     random_slopes: Float32[np.ndarray, "_P"]
-    estimate: Float32[np.ndarray, "_n"] | None
+    estimate: Packed | None
+    agreement: Float32[np.ndarray, "_b"]
+    energy: Float32[np.ndarray, "_b"]
     forward_passes: Count
 
 
@@ -273,7 +324,9 @@ class EdgeReport:
         column_slopes: Weighted mean slope along each column, shape [k].
         column_squares: Weighted mean of squared slopes, shape [k]: with the mean it gives the spread between devices.
         random_slopes: One entry per group.
-        estimate: Weighted mean of the devices' estimates, shape [n], or None.
+        estimate: Weighted mean of the devices' estimates, packed, or None.
+        agreement: Weighted mean of the devices' agreements, shape [b].
+        energy: Weighted mean of the devices' energies, shape [b].
         forward_passes: Largest number of forward passes that one device took.
     """
 
@@ -285,7 +338,9 @@ class EdgeReport:
     column_slopes: Float32[np.ndarray, "_k"]
     column_squares: Float32[np.ndarray, "_k"]
     random_slopes: tuple[RandomSlopes, ...]
-    estimate: Float32[np.ndarray, "_n"] | None
+    estimate: Packed | None
+    agreement: Float32[np.ndarray, "_b"]
+    energy: Float32[np.ndarray, "_b"]
     forward_passes: Count
 
 

@@ -24,6 +24,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, TRANSF
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cooperllm.adapted_layers import AdaptedLayers
 from cooperllm.algorithm import noise
 from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
@@ -134,6 +135,7 @@ class Model:
         config: What was asked for.
         layout: Where each trained tensor lies in θ.
         num_classes: C.
+        adapted: The layers that a feedback estimate sees.
     """
 
     def __init__(self, config: ModelConfig, network: nn.Module, tokenizer: Any, num_classes: int) -> None:
@@ -144,6 +146,7 @@ class Model:
         trained = {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
         self.layout = Layout(names=tuple(trained), shapes=tuple(tuple(tensor.shape) for tensor in trained.values()))
         self._trained = trained
+        self.adapted = AdaptedLayers(network, self.layout.names, self.layout.sizes)
         self._prefix = FrozenPrefix.find(network, self.layout.names) if config.caches_prefix else None
 
     def initial_parameters(self, seed: int) -> Float32[np.ndarray, "n"]:

@@ -42,9 +42,9 @@ class Recipe:
 
 def demo(_data_directory: str = "") -> Recipe:
     """Reviews written by the embedded generator: the cloud has cameras, phones and kitchens, the devices films, books, hotels and more."""
-    arms = _arms(measured=0.1, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.03, fedavg_bp=0.03)
-    # The same words praise a camera and damn a hotel here: the cloud's own gradient gets less of a say than usual.
-    arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], public_weight=0.2)
+    arms = _arms(feedback=0.03, measured=0.05, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.03, fedavg_bp=0.03)
+    # The same words praise a camera and damn a hotel here: the cloud's own gradient gets no say beside what the devices measure.
+    arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], public_weight=0.0)
     config = RunConfig(
         recipe="demo", federation=FederationConfig(dirichlet_alpha=5.0), num_rounds=50, evaluate_every=10, arm=arms[ArmName.MEASURED]
     )
@@ -53,7 +53,7 @@ def demo(_data_directory: str = "") -> Recipe:
 
 def sentiment_shift(data_directory: str = "data") -> Recipe:
     """Product reviews at the cloud (customer_reviews), film sentences on the devices (sst2): a shift of domain."""
-    arms = _arms(measured=0.12, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.06, fedavg_bp=0.03)
+    arms = _arms(feedback=0.03, measured=0.06, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.06, fedavg_bp=0.03)
     data = DataConfig(public=SourceConfig(name=f"{data_directory}/customer_reviews"), private=SourceConfig(name=f"{data_directory}/sst2"))
     config = RunConfig(recipe="sentiment-shift", data=data, num_rounds=200, arm=arms[ArmName.MEASURED])
     return Recipe(config=config, arms=arms, needs_data_directory=True)
@@ -61,9 +61,7 @@ def sentiment_shift(data_directory: str = "data") -> Recipe:
 
 def missing_topics(data_directory: str = "data") -> Recipe:
     """News topics (ag_news) of which the cloud has seen two of four: missing classes."""
-    arms = _arms(measured=0.06, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.03, fedavg_bp=0.03)
-    # What tells the missing classes apart is not in public data: here the random probes have to carry more.
-    arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], effective_rank=200.0)
+    arms = _arms(feedback=0.03, measured=0.06, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.03, fedavg_bp=0.03)
     source = SourceConfig(name=f"{data_directory}/ag_news")
     public = replace(source, keep_labels=("0", "1"), max_examples=400)
     config = RunConfig(recipe="missing-topics", data=DataConfig(public=public, private=source), num_rounds=200, arm=arms[ArmName.MEASURED])
@@ -72,7 +70,7 @@ def missing_topics(data_directory: str = "data") -> Recipe:
 
 def tiny(_data_directory: str = "") -> Recipe:
     """A two-layer Llama of random weights with label words: it learns little, in seconds, and is for trying things out."""
-    arms = _arms(measured=0.03, paper=0.03, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.03, fedavg_bp=0.03)
+    arms = _arms(feedback=0.03, measured=0.03, paper=0.03, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.03, fedavg_bp=0.03)
     model = ModelConfig(
         name="tiny-llama",
         objective=Objective.LABEL_WORDS,
@@ -123,9 +121,10 @@ def recipe(name: str, data_directory: str = "data") -> Recipe:
 
 
 def _arms(
-    *, measured: float, paper: float, mezo_fl: float, decomfl: float, cloud_only: float, fedavg_bp: float
+    *, feedback: float, measured: float, paper: float, mezo_fl: float, decomfl: float, cloud_only: float, fedavg_bp: float
 ) -> dict[ArmName, ArmConfig]:
     rates = {
+        ArmName.FEEDBACK: feedback,
         ArmName.MEASURED: measured,
         ArmName.PAPER: paper,
         ArmName.MEZO_FL: mezo_fl,

@@ -90,7 +90,8 @@ def run_round(cloud: Cloud, edges: Sequence[Edge], link: Link) -> RoundResult:
 
 
 def _queries(prepared: Prepared) -> int:
-    probes = prepared.plan.probes
-    if probes is None:
-        return 0
-    return probes.num_random + (len(prepared.span) if probes.measures_columns else 0)
+    """Two forward passes are one query, so an estimate counts as one and so does each of its blocks."""
+    probes, feedback = prepared.plan.probes, prepared.plan.feedback
+    columns = len(prepared.public.span) if probes is not None and probes.measures_columns else 0
+    random = 0 if probes is None else probes.num_random
+    return columns + random + (0 if feedback is None else 1 + len(feedback.blocks))

@@ -28,7 +28,7 @@ from jaxtyping import Float32
 from cooperllm.config import RunConfig, from_plain, to_plain
 from cooperllm.errors import ConfigError, DecodeError, RunDirectoryError
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import FORMAT_VERSION, Digest, Snapshot, Update
+from cooperllm.messages import FORMAT_VERSION, Digest, Maps, Snapshot, Update
 
 MAGIC = b"CoopLog1"
 RECORD = struct.Struct("<II")
@@ -43,12 +43,14 @@ class Checkpoint:
         config_hash: Digest of the configuration it belongs to.
         snapshot: Replica.
         pool: The cloud's pooled public gradients, newest first.
+        maps: The cloud's feedback maps in use, or None.
     """
 
     format_version: int
     config_hash: Digest
     snapshot: Snapshot
     pool: tuple[Float32[np.ndarray, "_n"], ...]
+    maps: Maps | None
 
 
 class RunDirectory:

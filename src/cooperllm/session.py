@@ -73,7 +73,7 @@ def run(config: RunConfig, directory: Path | str, observe: Observer | None = Non
         CooperLLMError: See `cooperllm.errors`; what was done so far stays in the directory.
     """
     material = Material(config)
-    material.check()
+    material.check([config.arm.name])
     return _continued(RunDirectory.create(Path(directory), config), material, observe)
 
 
@@ -95,7 +95,7 @@ def compare(configs: Sequence[RunConfig], directory: Path | str, observe: Observ
     if path.exists() and any(path.iterdir()):
         raise RunDirectoryError(f"{path}: the directory is not empty; choose another, or continue it with `cooperllm resume {path}`")
     material = Material(configs[0])
-    material.check()
+    material.check([config.arm.name for config in configs])
     for config in configs:
         RunDirectory.create(path / config.arm.name.value, config)
     names = [config.arm.name.value for config in configs]
@@ -220,7 +220,7 @@ def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update]
             f"{files.path / 'checkpoint.bin'} belongs to another configuration; delete it: the replay log alone is enough"
         )
     if checkpoint is not None and checkpoint.snapshot.model_version <= len(updates):
-        cloud.restore(replay.restore(checkpoint.snapshot, assembly.material.model.layout.size), checkpoint.pool)
+        cloud.restore(replay.restore(checkpoint.snapshot, assembly.material.model.layout.size), checkpoint.pool, checkpoint.maps)
     for update in updates[cloud.replica.model_version :]:
         cloud.replay(update)
     figures = files.rounds() if edges else []
@@ -232,7 +232,13 @@ def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update]
 
 
 def _checkpoint(config: RunConfig, cloud: Cloud) -> Checkpoint:
-    return Checkpoint(format_version=FORMAT_VERSION, config_hash=config_hash(config), snapshot=cloud.replica.snapshot(), pool=cloud.pool())
+    return Checkpoint(
+        format_version=FORMAT_VERSION,
+        config_hash=config_hash(config),
+        snapshot=cloud.replica.snapshot(),
+        pool=cloud.pool(),
+        maps=cloud.maps(),
+    )
 
 
 def _evaluated(assembly: Assembly, cloud: Cloud) -> dict[str, float]:
@@ -268,7 +274,7 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
         "loss": None,
         "validation_accuracy": None,
         "public_loss": result.public_loss,
-        **dict.fromkeys(("rho", "weight", "shrinkage", "span_energy", "slope_variance")),
+        **dict.fromkeys(("rho", "weight", "shrinkage", "span_energy", "slope_variance", "gain")),
         **closed.observed,
         "num_columns": len(closed.update.column_coefficients),
         "queries": result.queries,

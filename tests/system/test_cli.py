@@ -84,7 +84,7 @@ def test_every_option_has_a_help_text(monkeypatch, capsys, command):
         (("run", "tiny", "--model", "no/such-model"), "'no/such-model' could not be loaded"),
         (("run", "tiny", "--private", "nowhere.csv"), "nowhere.csv does not exist"),
         (("run", "tiny", "--target-modules", "nowhere"), "expected names of linear layers"),
-        (("compare", "tiny", "--arms", "measured,magic"), "--arms: found 'magic', expected some of measured, "),
+        (("compare", "tiny", "--arms", "measured,magic"), "--arms: found 'magic', expected some of feedback, measured, "),
         (("resume", "nowhere"), "nowhere is not a run directory"),
         (("export", "nowhere", "adapter"), "nowhere is not a run directory"),
     ],

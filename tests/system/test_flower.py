@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import sample_messages
 
 from cooperllm.errors import ConfigError, LinkError
 from cooperllm.link import flower
@@ -17,7 +18,7 @@ from cooperllm.link.base import Exchange, Link
 from cooperllm.link.codec import decode, encode
 from cooperllm.link.flower import GridLink, InProcessGrid, client_app, run_in_process, run_in_simulation
 from cooperllm.link.loopback import Loopback
-from cooperllm.messages import DeviceReport, Grouping, Guide, GuideKind, Order, Outcome, Plan, Probes
+from cooperllm.messages import Grouping, Guide, Order, Probes
 
 NUM_DEVICES = 3
 BROKEN, GARBLED, IMPOSTOR = 11, 12, 13
@@ -38,32 +39,21 @@ class EchoDevices:
             raise MemoryError("not enough for a batch of 16")
         if device_id == 1 and round_index == GARBLED:
             return b"\xc1 no message"
-        report = DeviceReport(
-            device_id=2 if device_id == 1 and round_index == IMPOSTOR else device_id,
-            round_index=round_index,
-            model_version=order.plan.model_version,
-            guide_version=order.plan.guide_version,
+        report = sample_messages.device_report(
+            2 if device_id == 1 and round_index == IMPOSTOR else device_id,
+            order.plan,
             num_examples=self.num_answers,
-            outcome=Outcome.OK,
             column_slopes=np.arange(device_id + 1, dtype=np.float32),
             random_slopes=np.full(2, device_id / 3, np.float32),
-            estimate=None,
-            forward_passes=2,
         )
         return encode(report)
 
 
 def orders(num_devices: int = NUM_DEVICES, round_index: int = 0, guide_bytes: int = 1000) -> list[Order]:
-    plan = Plan(
+    plan = sample_messages.plan(
         round_index=round_index,
-        model_version=0,
-        guide_version=0,
-        theta_hash=bytes(16),
-        seed=7,
         cohort=tuple(range(num_devices)),
-        batch_size=16,
-        guide=Guide(kind=GuideKind.DIRECTIONS, payload=bytes(guide_bytes), has_momentum=False),
-        guide_hash=bytes(16),
+        guide=Guide(payload=bytes(guide_bytes), num_columns=1, has_momentum=False),
         num_columns=2,
         probes=Probes(measures_columns=True, num_random=2, grouping=Grouping.SHARED, column_scale=0.01, random_scale=0.01),
     )

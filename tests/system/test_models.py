@@ -55,6 +55,18 @@ def test_the_prefix_is_computed_once_per_example(monkeypatch):
     model.batch(examples, [1, 0])
 
 
+@pytest.mark.parametrize("name", ["minilm", "tiny-llama"])
+def test_the_prefix_of_an_example_has_the_same_bits_alone_and_in_company(name):
+    """A resumed run meets its examples in other batches than an uninterrupted one; the number of tokens of a pass chooses the kernel."""
+    model = models.load(ModelConfig(name=name, target_modules=() if name == "tiny-llama" else ("query", "value"), last_layers=1), 2)
+    texts = ["x" * length for length in range(1, 33)] + [" ".join(["word"] * count) for count in range(1, 31)]
+    together, alone = (model.encode(texts, None, [0] * len(texts)) for _ in range(2))
+    model.batch(together, range(len(texts)))
+    for index in range(len(texts)):
+        model.batch(alone, [index])
+    assert [index for index in range(len(texts)) if not torch.equal(together.states[index], alone.states[index])] == []
+
+
 def test_padding_changes_no_score():
     model = models.load(ModelConfig(), 2)
     theta, examples = moved(model), model.encode(TEXTS, None, [0, 1, 0, 1])

@@ -7,51 +7,32 @@ import itertools
 
 import numpy as np
 import pytest
+import sample_messages
 
 from cooperllm.algorithm import noise
-from cooperllm.algorithm.aggregation import variance_between, weighted_mean
+from cooperllm.algorithm.aggregation import merged, variance_between, weighted_mean
 from cooperllm.edge import Edge
 from cooperllm.link.codec import encode
-from cooperllm.messages import DeviceReport, Grouping, Outcome, Plan, Probes
+from cooperllm.messages import Grouping, Outcome, Probes, RandomSlopes
 
 UNIT = 2.0**-24
 """Largest relative error of one rounding to float32."""
 
+SIZE = 7
 
-def vectors(count, size=7):
+
+def vectors(count, size=SIZE):
     return [noise.gaussian(1, index, size) for index in range(count)]
 
 
 def plan(grouping=Grouping.SHARED):
     probes = Probes(measures_columns=True, num_random=2, grouping=grouping, column_scale=1.0, random_scale=1.0)
-    return Plan(
-        round_index=3,
-        model_version=3,
-        guide_version=3,
-        theta_hash=bytes(16),
-        seed=5,
-        cohort=tuple(range(5)),
-        batch_size=4,
-        guide=None,
-        guide_hash=bytes(16),
-        num_columns=3,
-        probes=probes,
-    )
+    return sample_messages.plan(num_columns=3, probes=probes)
 
 
-def report(device_id, num_examples, outcome=Outcome.OK):
-    return DeviceReport(
-        device_id=device_id,
-        round_index=3,
-        model_version=3,
-        guide_version=3,
-        num_examples=num_examples,
-        outcome=outcome,
-        column_slopes=noise.gaussian(2, device_id, 3),
-        random_slopes=noise.gaussian(3, device_id, 2),
-        estimate=None,
-        forward_passes=10,
-    )
+def report(device_id, asked, num_examples, outcome=Outcome.OK):
+    numbers = {"column_slopes": noise.gaussian(2, device_id, 3), "random_slopes": noise.gaussian(3, device_id, 2)}
+    return sample_messages.device_report(device_id, asked, num_examples=num_examples, outcome=outcome, **numbers)
 
 
 def test_mean_weighs_by_examples():
@@ -115,15 +96,16 @@ def test_one_sender_says_nothing_about_the_spread(num_senders):
 @pytest.mark.parametrize("grouping", list(Grouping))
 def test_order_of_arrival_cannot_change_a_byte_of_the_edges_report(grouping):
     outcomes = [Outcome.OK, Outcome.OK, Outcome.NON_FINITE_LOSS, Outcome.OK, Outcome.MISMATCH]
-    reports = [report(device_id, 3 + device_id, outcome) for device_id, outcome in enumerate(outcomes)]
-    encoded = {encode(Edge(1, range(5)).fold(plan(grouping), order, lost=1)) for order in itertools.permutations(reports)}
+    asked = plan(grouping)
+    reports = [report(device_id, asked, 3 + device_id, outcome) for device_id, outcome in enumerate(outcomes)]
+    encoded = {encode(Edge(1, range(5), SIZE).fold(asked, order, lost=1)) for order in itertools.permutations(reports)}
     assert len(encoded) == 1
 
 
 def test_folds_of_two_edges_have_the_mean_of_all_devices():
-    reports = [report(device_id, 3 + device_id) for device_id in range(5)]
-    one, other = Edge(0, [0, 2, 4]).fold(plan(), reports[0::2]), Edge(1, [1, 3]).fold(plan(), reports[1::2])
-    whole = Edge(0, range(5)).fold(plan(), reports)
+    reports = [report(device_id, plan(), 3 + device_id) for device_id in range(5)]
+    one, other = Edge(0, [0, 2, 4], SIZE).fold(plan(), reports[0::2]), Edge(1, [1, 3], SIZE).fold(plan(), reports[1::2])
+    whole = Edge(0, range(5), SIZE).fold(plan(), reports)
     weights = [one.num_examples, other.num_examples]
     assert sum(weights) == whole.num_examples
     pairs = [
@@ -134,3 +116,25 @@ def test_folds_of_two_edges_have_the_mean_of_all_devices():
     for left, right, expected in pairs:
         largest = max(np.abs(left).max(), np.abs(right).max())
         assert np.abs(weighted_mean([left, right], weights) - expected).max() <= 3 * UNIT * largest
+
+
+def test_entries_of_one_group_become_one_and_groups_come_in_order():
+    entries = [
+        RandomSlopes(group=9, num_examples=1, slopes=np.array([1, 10], np.float32)),
+        RandomSlopes(group=2, num_examples=5, slopes=np.array([7, 7], np.float32)),
+        RandomSlopes(group=9, num_examples=3, slopes=np.array([5, -2], np.float32)),
+    ]
+    found = merged(entries)
+    # (1 · 1 + 3 · 5) / 4 = 4 and (1 · 10 - 3 · 2) / 4 = 1
+    assert [(entry.group, entry.num_examples, entry.slopes.tolist()) for entry in found] == [(2, 5, [7, 7]), (9, 4, [4, 1])]
+    assert merged([]) == ()
+
+
+def test_a_group_merged_over_two_edges_is_the_group_of_all_devices():
+    """Directions shared by all: two entries with the same group would count them twice."""
+    reports = [report(device_id, plan(), 3 + device_id) for device_id in range(5)]
+    folded = [Edge(0, [0, 2, 4], SIZE).fold(plan(), reports[0::2]), Edge(1, [1, 3], SIZE).fold(plan(), reports[1::2])]
+    (found,) = merged([entry for edge in folded for entry in edge.random_slopes])
+    (whole,) = Edge(0, range(5), SIZE).fold(plan(), reports).random_slopes
+    assert (found.group, found.num_examples) == (whole.group, whole.num_examples)
+    assert np.abs(found.slopes - whole.slopes).max() <= 3 * UNIT * max(np.abs(r.random_slopes).max() for r in reports)

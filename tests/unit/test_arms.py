@@ -8,45 +8,46 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import sample_messages
 
 from cooperllm.algorithm import noise, replay
-from cooperllm.algorithm.arms import GuideSource, Measured
+from cooperllm.algorithm.arms import Measured, Public
 from cooperllm.algorithm.baselines import CloudOnly, FederatedAveraging, PlainZerothOrder, arm
-from cooperllm.algorithm.guidance import blend_weights, guided_perturbations, orthonormalise
-from cooperllm.algorithm.measured import MeasuredArm, regression_slope, shrinkage
+from cooperllm.algorithm.compression import packed_bytes
+from cooperllm.algorithm.guidance import blend_weights, guided_perturbations, orthonormalise, signs
+from cooperllm.algorithm.measured import MeasuredArm, inside, regression_slope, shrinkage
 from cooperllm.algorithm.paper import PaperArm, optimal_weight
 from cooperllm.cloud import state
 from cooperllm.config import ArmConfig, ArmName, OptimizerConfig, Rectification
 from cooperllm.edge import Edge
-from cooperllm.messages import DeviceReport, Grouping, Outcome, Plan, Probes, RandomSlopes, Update, probe_indices
+from cooperllm.messages import Grouping, Probes, RandomSlopes, probe_indices
 
 SEED = 41
 UNIT = 2.0**-24
 """Largest relative error of one float32 operation."""
+
+NOTHING = np.zeros(0, np.float32)
 
 
 def gradient(size, index=0):
     return noise.gaussian(100, index, size)
 
 
+def rows_of(family, count, size):
+    return orthonormalise([noise.gaussian(family, index, size) for index in range(count)], size)
+
+
 def span_of(num_columns, size):
-    return orthonormalise([noise.gaussian(200, index, size) for index in range(num_columns)], size)
+    return rows_of(200, num_columns, size)
+
+
+def basis_of(num_rows, size):
+    """At no right angle to the span: a real basis holds the public gradient, too."""
+    return rows_of(300, num_rows, size)
 
 
 def plan(probes=None):
-    return Plan(
-        round_index=0,
-        model_version=0,
-        guide_version=-1,
-        theta_hash=bytes(16),
-        seed=SEED,
-        cohort=tuple(range(8)),
-        batch_size=4,
-        guide=None,
-        guide_hash=bytes(16),
-        num_columns=2,
-        probes=probes,
-    )
+    return sample_messages.plan(seed=SEED, probes=probes)
 
 
 def along(directions, private):
@@ -55,8 +56,28 @@ def along(directions, private):
     return np.array(found, np.float32)
 
 
+def public_of(span, public=None, basis=None):
+    """The cloud's side: directions, and what its own gradient says of the columns."""
+    predicted = np.zeros(len(span), np.float32) if public is None else along(span, public)
+    return Public(span=span, basis=[] if basis is None else list(basis), predicted=predicted)
+
+
 def gaussians(group, count, size):
     return [noise.gaussian(SEED, index, size) for index in probe_indices(group, count)]
+
+
+def mixed_from(basis):
+    """Random probes V r / √K, written out."""
+
+    def directions(group, count, size):
+        mixtures = [signs(SEED, group, position, len(basis)).astype(np.float64) @ basis for position in range(count)]
+        return [(mixture / math.sqrt(len(basis))).astype(np.float32) for mixture in mixtures]
+
+    return directions
+
+
+def probes_from(basis):
+    return mixed_from(basis) if len(basis) else gaussians
 
 
 def measured(span, private, groups=(), num_random=0, weights=None, directions=gaussians):
@@ -73,24 +94,16 @@ def measured(span, private, groups=(), num_random=0, weights=None, directions=ga
         column_variance=np.zeros(len(slopes)),
         random_slopes=random if num_random else (),
         estimate=None,
+        agreement=NOTHING,
+        energy=NOTHING,
     )
 
 
 def step(found, span):
-    """The direction that replicas rebuild from coordinates."""
+    """The direction that replicas rebuild from coordinates; a step in full needs no span."""
     replica = replay.start(np.zeros(span.shape[1], np.float32), OptimizerConfig())
-    update = Update(
-        round_index=0,
-        model_version=0,
-        seed=SEED,
-        learning_rate=1.0,
-        guide=None,
-        column_coefficients=found.columns,
-        random_terms=found.random_terms,
-        dense=found.dense,
-        theta_hash=bytes(16),
-    )
-    return replay.direction(replica, update, span).astype(np.float64)
+    update = sample_messages.update(seed=SEED, column_coefficients=found.columns, random_terms=found.random_terms, dense=found.dense)
+    return replay.direction(replica, update, span if len(found.columns) else span[:0]).astype(np.float64)
 
 
 def projection(span, vector):
@@ -101,108 +114,223 @@ def projection(span, vector):
 # The default arm
 
 
+def combined(config, public, reports):
+    """A round of the default arm, its step sent without loss but for the rounding of a quotient and a product."""
+    num_random = len(reports.random_slopes[0].slopes) if reports.random_slopes else 0
+    num_columns = len(public.span)
+    config = replace(config, estimate_bits=32, queries=max(1, num_columns + num_random))
+    probes = MeasuredArm().probes(config, num_columns, len(public.basis))
+    return MeasuredArm().combine(config, plan(probes), public, reports)
+
+
 @pytest.mark.parametrize("size", [1, 5, 40])
 def test_a_full_span_measured_on_devices_gives_their_gradient_exactly(size):
-    private, public = gradient(size), gradient(size, 1)
-    span = span_of(size, size)
-    found = MeasuredArm().combine(ArmConfig(public_weight=0.0), plan(), span, along(span, public), measured(span, private))
+    private, span = gradient(size), span_of(size, size)
+    found = combined(ArmConfig(public_weight=0.0), public_of(span, gradient(size, 1)), measured(span, private))
     # Rows are off right angles by 2(k+4) units each, and k products and sums are rounded once.
     assert np.abs(step(found, span) - private).max() < 4 * (size + 4) * UNIT * np.linalg.norm(private) * math.sqrt(size)
+
+
+@pytest.mark.parametrize("num_probes", [1, 3])
+def test_columns_and_a_basis_row_that_span_everything_give_the_gradient_up_to_the_shrinkage(num_probes):
+    """With K = 1 a probe is ± the row itself: nothing of what it saw is left to chance."""
+    size = 12
+    rows, private = span_of(size, size), gradient(size)
+    span, basis = rows[:-1], rows[-1:]
+    reports = measured(span, private, groups=(2,), num_random=num_probes, directions=mixed_from(basis))
+    found = step(combined(ArmConfig(public_weight=0.0), public_of(span, basis=basis), reports), span)
+    expected = projection(span, private) + num_probes / (num_probes + 1) * projection(basis, private)
+    assert np.abs(found - expected).max() < 4 * (size + 4) * UNIT * np.linalg.norm(private) * math.sqrt(size)
+
+
+def test_columns_and_a_basis_that_span_everything_give_the_gradient_on_average():
+    """K E[z zᵀ] is the projector onto the basis: with the factor left out the step would be K times too short."""
+    size, num_columns, count = 10, 4, 3000
+    rows, private = span_of(size, size), gradient(size)
+    span, basis = rows[:num_columns], rows[num_columns:]
+    num_rows = len(basis)
+    reports = measured(span, private, groups=(0,), num_random=count, directions=mixed_from(basis))
+    found = basis.astype(np.float64) @ step(combined(ArmConfig(public_weight=0.0), public_of(span, basis=basis), reports), span)
+    truth = basis.astype(np.float64) @ private
+    # Row i of the mean of K z zᵀ adds Σ_(j≠i) g_j times a mean of P signs, of standard deviation 1/√P.
+    error = np.sqrt((truth @ truth - truth**2) / count)
+    assert (np.abs(found - count / (count + num_rows) * truth) < 5 * error).all()
 
 
 @pytest.mark.parametrize("num_columns", [3, 20])
 def test_devices_without_weight_leave_the_clouds_own_step(num_columns):
     """With λ = 1 the columns' part is the public gradient on the span, all of it when the span is full: cloud SGD."""
     size = 20
-    private, public = gradient(size), gradient(size, 1)
-    span = span_of(num_columns, size)
-    predicted = along(span, public)
-    config = ArmConfig(public_weight=1.0)
-    found = MeasuredArm().combine(config, plan(), span, predicted, measured(span, private))
-    assert np.array_equal(found.columns, predicted)
-    assert np.array_equal(found.columns, CloudOnly().combine(config, plan(), span, predicted, measured(span, private)).columns)
-    expected = public if num_columns == size else projection(span, public)
-    assert np.abs(step(found, span) - expected).max() < 4 * (size + 4) * UNIT * np.linalg.norm(public) * math.sqrt(size)
+    private, span = gradient(size), span_of(num_columns, size)
+    public, config = public_of(span, gradient(size, 1)), ArmConfig(public_weight=1.0)
+    found = step(combined(config, public, measured(span, private)), span)
+    cloud = CloudOnly().combine(config, plan(), public, measured(span, private))
+    assert np.array_equal(cloud.columns, public.predicted)
+    tolerance = 4 * (size + 4) * UNIT * np.linalg.norm(gradient(size, 1)) * math.sqrt(size)
+    assert np.abs(found - step(cloud, span)).max() < tolerance
+    expected = gradient(size, 1) if num_columns == size else projection(span, gradient(size, 1))
+    assert np.abs(found - expected).max() < tolerance
 
 
 def test_public_weight_mixes_predicted_and_measured_slopes():
+    """The largest entry of the step is 8, a power of two, so that packing rounds nothing."""
     span = np.eye(2, 6, dtype=np.float32)
-    found = measured(span, np.array([8, -4, 0, 0, 0, 0], np.float32))
-    columns = MeasuredArm().combine(ArmConfig(public_weight=0.25), plan(), span, np.array([0, 4], np.float32), found).columns
-    assert columns.tolist() == [0.75 * 8, 0.75 * -4 + 0.25 * 4]
+    public = Public(span=span, basis=[], predicted=np.array([-16, 4], np.float32))
+    found = combined(ArmConfig(public_weight=0.25), public, measured(span, np.array([16, -4, 0, 0, 0, 0], np.float32)))
+    assert step(found, span).tolist() == [0.75 * 16 - 0.25 * 16, 0.75 * -4 + 0.25 * 4, 0, 0, 0, 0]
+    assert found.observed["weight"] == 0.25
 
 
 @pytest.mark.parametrize("weights", [[4, 4], [1, 7]])
 def test_with_the_guide_switched_off_the_default_arm_is_plain_two_point_zeroth_order(weights):
-    size, nothing = 30, np.zeros((0, 30), np.float32)
-    config, none = ArmConfig(effective_rank=0.0), np.zeros(0, np.float32)
-    reports = measured(nothing, gradient(size), groups=(2, 5), num_random=4, weights=weights)
-    ours = MeasuredArm().combine(config, plan(), nothing, none, reports)
-    mezo = PlainZerothOrder(Grouping.DEVICE).combine(config, plan(), nothing, none, reports)
-    assert [term.group for term in ours.random_terms] == [term.group for term in mezo.random_terms] == [2, 5]
-    for one, other in zip(ours.random_terms, mezo.random_terms, strict=True):
-        # One rounding here, two there (of the weight and of the product).
-        assert np.allclose(one.coefficients, other.coefficients, rtol=3 * UNIT * (1 + 2**-20), atol=0)
-    assert MeasuredArm().probes(config, 0).num_random == PlainZerothOrder(Grouping.DEVICE).probes(config, 0).num_random == config.queries
+    """Without columns, without a basis and without shrinkage; the rank r only adds the factor P/(P+r)."""
+    size, nowhere = 30, np.zeros((0, 30), np.float32)
+    reports = measured(nowhere, gradient(size), groups=(2, 5), num_random=4, weights=weights)
+    mezo = PlainZerothOrder(Grouping.DEVICE).combine(ArmConfig(), plan(), public_of(nowhere), reports)
+    # Eight terms, each rounded a few times at its own size here and there, and packed with two roundings.
+    largest = sum(np.abs(term.coefficients).sum() for term in mezo.random_terms) * 4.33
+    for rank, factor in ((0.0, 1), (24.0, 8 / (8 + 24))):
+        ours = step(combined(ArmConfig(effective_rank=rank), public_of(nowhere), reports), nowhere)
+        assert np.abs(ours - factor * step(mezo, nowhere)).max() < 12 * UNIT * largest
 
 
-def test_random_probes_never_change_the_step_inside_the_span():
+def test_without_columns_and_basis_devices_probe_as_in_plain_zeroth_order():
+    config = ArmConfig(queries=7, random_scale=2e-3)
+    ours, mezo = MeasuredArm().probes(config, 0, 0), PlainZerothOrder(Grouping.DEVICE).probes(config, 0, 0)
+    assert replace(ours, measures_columns=False) == mezo
+    assert mezo.num_random == config.queries
+
+
+@pytest.mark.parametrize("num_rows", [0, 8])
+def test_random_probes_never_change_the_step_inside_the_span(num_rows):
     """Whatever they saw, U d stays (1-λ) c + λ p."""
     size = 50
-    span, private, public = span_of(6, size), gradient(size), gradient(size, 1)
-    config = ArmConfig(public_weight=0.25, effective_rank=0.0)
-    reports = measured(span, private, groups=(0, 3), num_random=3)
-    predicted = along(span, public)
-    found = step(MeasuredArm().combine(config, plan(), span, predicted, reports), span)
-    expected = 0.75 * reports.column_slopes.astype(np.float64) + 0.25 * predicted
+    span, basis, private = span_of(6, size), basis_of(num_rows, size), gradient(size)
+    public = public_of(span, gradient(size, 1), basis)
+    reports = measured(span, private, groups=(0, 3), num_random=3, directions=probes_from(basis))
+    found = step(combined(ArmConfig(public_weight=0.25, effective_rank=0.0), public, reports), span)
+    expected = 0.75 * reports.column_slopes.astype(np.float64) + 0.25 * public.predicted
     # Six random terms and six columns are rounded at their own size, below 2 |∇f| √n for these few probes; U d adds √n of them.
     tolerance = 12 * 3 * UNIT * 2 * np.linalg.norm(private) * math.sqrt(size)
     assert np.abs(span.astype(np.float64) @ found - expected).max() < tolerance
     assert np.abs(found - projection(span, found)).max() > 100 * tolerance
 
 
+@pytest.mark.parametrize("num_rows", [0, 18])
 @pytest.mark.parametrize("weights", [[4, 4], [1, 7]])
-def test_default_step_is_equation_three_written_out(weights):
+def test_default_step_is_equation_three_written_out(weights, num_rows):
+    """Equations (3) and (4) without a prior; the probes lie in K rows of a basis, or in all n dimensions with an effective rank."""
     size, count = 40, 3
-    span, private, public = span_of(4, size), gradient(size), gradient(size, 1)
-    config = ArmConfig(public_weight=0.5, effective_rank=18.0)
-    reports = measured(span, private, groups=(1, 6), num_random=count, weights=weights)
-    predicted = along(span, public)
-    found = step(MeasuredArm().combine(config, plan(), span, predicted, reports), span)
+    span, basis, private = span_of(4, size), basis_of(num_rows, size), gradient(size)
+    public = public_of(span, gradient(size, 1), basis)
+    reports = measured(span, private, groups=(1, 6), num_random=count, weights=weights, directions=probes_from(basis))
+    found = step(combined(ArmConfig(public_weight=0.5, effective_rank=30.0), public, reports), span)
 
     wide, slopes = span.astype(np.float64), reports.column_slopes.astype(np.float64)
-    expected = wide.T @ (0.5 * slopes + 0.5 * predicted)
-    shrink = 6 / (6 + 18)
+    expected = wide.T @ (0.5 * slopes + 0.5 * public.predicted)
+    weight = 18 * 6 / (6 + 18) if num_rows else 6 / (6 + 30)
     for group in reports.random_slopes:
-        for slope, z in zip(group.slopes, gaussians(group.group, count, size), strict=True):
+        for slope, z in zip(group.slopes, probes_from(basis)(group.group, count, size), strict=True):
             rest = slope - slopes @ (wide @ z)
             outside = z - wide.T @ (wide @ z)
-            expected += shrink * group.num_examples / sum(weights) / count * rest * outside
+            expected += weight * group.num_examples / sum(weights) / count * rest * outside
+    # Six terms: isotropic ones below 2 |∇f| √n with a weight below 1, mixed ones below |∇f| with a weight below 5.
     assert np.abs(found - expected).max() < 10 * 3 * UNIT * 2 * np.linalg.norm(private) * math.sqrt(size)
 
 
-def test_probes_that_see_nothing_outside_the_span_add_nothing():
+@pytest.mark.parametrize("num_rows", [0, 4])
+def test_probes_that_see_nothing_outside_the_span_add_nothing(num_rows):
     size = 30
-    span = span_of(3, size)
+    span, basis = span_of(3, size), basis_of(num_rows, size)
     private = (span.T @ np.array([1, -2, 3], np.float32)).astype(np.float32)
-    reports = measured(span, private, groups=(0,), num_random=5)
-    found = MeasuredArm().combine(ArmConfig(public_weight=0.0, effective_rank=0.0), plan(), span, along(span, private), reports)
-    # A slope of size |∇f| |z| is rounded once, and so are three column slopes.
-    assert np.abs(found.random_terms[0].coefficients).max() < 4 * 2 * UNIT * np.linalg.norm(private) * 2 * math.sqrt(size) / 5
-    # Energies are squares: what rounding leaves outside is a share of (8 UNIT √n)² of the whole, beyond double precision's 1.
-    assert found.observed["span_energy"] == pytest.approx(1, abs=(16 * UNIT) ** 2 * size)
+    reports = measured(span, private, groups=(0,), num_random=5, directions=probes_from(basis))
+    found = combined(ArmConfig(public_weight=0.0, effective_rank=0.0), public_of(span, private, basis), reports)
+    # Each probe's slope, of size |∇f| |z| <= |∇f| 2√n, is rounded once, and so are three column slopes; its remainder is then weighted
+    # with 1/5 and multiplied with |z| (in a basis with 4/9, and |z| = 1). Columns are rounded as in the test of a full span.
+    rest = 4 * 2 * UNIT * np.linalg.norm(private) * 2 * math.sqrt(size)
+    assert np.abs(step(found, span) - private).max() < rest * 2 * math.sqrt(size)
+    # Energies are squares: what rounding leaves outside is a share of (8 UNIT √n)² of the whole, counted once or K = 4 times.
+    assert found.observed["span_energy"] == pytest.approx(1, abs=4 * (16 * UNIT) ** 2 * size)
     assert found.observed["rho"] == pytest.approx(1, rel=2**-40)
+
+
+def test_span_energy_is_the_share_of_the_gradient_that_columns_saw():
+    """With K = 1 and the row at right angles to the span a probe sees exactly what the columns left of span and basis."""
+    rows = np.eye(3, 6, dtype=np.float32)
+    reports = measured(rows[:2], np.array([1, 2, 4, 0, 0, 0], np.float32), groups=(0,), num_random=2, directions=mixed_from(rows[2:]))
+    found = combined(ArmConfig(), public_of(rows[:2], basis=rows[2:]), reports)
+    assert found.observed["span_energy"] == pytest.approx((1 + 4) / (1 + 4 + 16), rel=2**-40)
+
+
+def test_isotropic_probes_see_the_squared_length_of_what_lies_outside_the_span():
+    size, count = 12, 2000
+    span, private = span_of(2, size), gradient(size)
+    reports = measured(span, private, groups=(0,), num_random=count)
+    found = combined(ArmConfig(), public_of(span), reports)
+    energy = float(np.linalg.norm(span.astype(np.float64) @ private) ** 2)
+    total = float(np.linalg.norm(private.astype(np.float64)) ** 2)
+    # (z·g)² has mean |g|² and variance 2 |g|⁴: the mean of P has a relative standard error of √(2/P), the quotient no more than that.
+    assert found.observed["span_energy"] == pytest.approx(energy / total, rel=5 * math.sqrt(2 / count))
 
 
 def test_measured_arm_spends_one_query_per_column_and_the_rest_at_random():
     arm_, config = MeasuredArm(), ArmConfig(queries=5)
-    assert [arm_.probes(config, columns).num_random for columns in (0, 1, 4, 5, 6)] == [5, 4, 1, 0, 0]
-    assert arm_.probes(config, 3).measures_columns
+    assert [arm_.probes(config, columns, 9).num_random for columns in (0, 1, 4, 5, 6)] == [5, 4, 1, 0, 0]
+    assert arm_.probes(config, 3, 9).measures_columns
 
 
-@pytest.mark.parametrize(("num_probes", "rank", "expected"), [(0, 0.0, 0), (0, 5.0, 0), (3, 0.0, 1), (1, 3.0, 0.25)])
-def test_shrinkage_limits(num_probes, rank, expected):
-    assert shrinkage(num_probes, rank) == expected
+def test_probes_from_a_basis_move_the_model_as_far_as_a_column_probe():
+    """They have the length of a column, 1; isotropic ones have √n and a scale of their own."""
+    config = ArmConfig(column_scale=0.02, random_scale=1e-4)
+    mixed, isotropic = (MeasuredArm().probes(config, 2, num_rows) for num_rows in (6, 0))
+    assert (mixed.column_scale, mixed.random_scale, mixed.blend, mixed.blend_scale) == (0.02, 0.02, 0.0, 1.0)
+    assert (isotropic.column_scale, isotropic.random_scale, isotropic.blend) == (0.02, 1e-4, None)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_the_default_step_is_sent_with_the_bits_of_its_setting(bits):
+    size = 700
+    span = span_of(2, size)
+    reports = measured(span, gradient(size))
+    config = ArmConfig(estimate_bits=bits)
+    found = MeasuredArm().combine(config, plan(MeasuredArm().probes(config, 2, 0)), public_of(span), reports)
+    assert len(found.dense.payload) == packed_bytes(1, size, bits)
+    assert len(found.columns) == len(found.random_terms) == 0
+
+
+@pytest.mark.parametrize(
+    ("num_probes", "dimension", "expected"), [(0, 0.0, 0), (0, 5, 0), (3, 0.0, 1), (3, 1, 0.75), (1, 3.0, 0.25), (64, 64, 0.5)]
+)
+def test_shrinkage_limits(num_probes, dimension, expected):
+    assert shrinkage(num_probes, dimension) == expected
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(0, 6 / (6 + 30)), (18, 6 / (6 + 18))])
+def test_shrinkage_counts_the_probes_of_all_groups_against_the_dimensions_they_lie_in(num_rows, expected):
+    size = 40
+    span, basis = span_of(4, size), basis_of(num_rows, size)
+    reports = measured(span, gradient(size), groups=(1, 6), num_random=3, directions=probes_from(basis))
+    assert combined(ArmConfig(effective_rank=30.0), public_of(span, basis=basis), reports).observed["shrinkage"] == expected
+
+
+def test_no_multiple_of_the_estimate_in_a_basis_has_a_smaller_error_than_the_shrunk_one():
+    """E|w ĝ - g|² over the signs: measured on many rounds of P probes, its minimum lies at P/(P+K-1), of which P/(P+K) is within 2 %."""
+    num_rows, num_probes, rounds = 16, 4, 4000
+    truth = gradient(num_rows).astype(np.float64)
+    drawn = noise.rademacher(SEED, 0, rounds * num_probes * num_rows).reshape(rounds, num_probes, num_rows).astype(np.float64)
+    estimates = (drawn @ truth)[..., None] * drawn
+    estimates = estimates.mean(axis=1)  # K z (z·g) with z = r / √K
+    best = float((estimates @ truth).mean() / (estimates**2).sum(axis=1).mean())
+    # |ĝ|² is |g|² (K + P - 1) / P on average. Both means have relative standard errors below √(2 · 16 / 4000) / 4.
+    assert best == pytest.approx(num_probes / (num_probes + num_rows - 1), rel=5 * math.sqrt(2 * 16 / rounds) / 4)
+    assert shrinkage(num_probes, num_rows) == pytest.approx(best, rel=5 * math.sqrt(2 * 16 / rounds) / 4 + 1 / num_rows)
+
+
+def test_inside_gives_the_coordinates_along_the_columns():
+    span, vector = span_of(3, 20), gradient(20)
+    # Exact products, one rounding.
+    assert np.allclose(inside(span, vector), span.astype(np.float64) @ vector, rtol=2 * UNIT, atol=UNIT)
+    assert inside(span[:0], vector).shape == (0,)
 
 
 def test_regression_slope_says_how_far_predictions_hold():
@@ -225,8 +353,7 @@ def guided(config, span):
 
 def paper_step(config, span, private, num_probes, public=None, groups=(0,)):
     reports = measured(np.zeros((0, len(private)), np.float32), private, groups, num_probes, directions=guided(config, span))
-    predicted = along(span, private if public is None else public)
-    return PaperArm().combine(config, plan(), span, predicted, reports)
+    return PaperArm().combine(config, plan(), public_of(span, private if public is None else public), reports)
 
 
 @pytest.mark.parametrize("blend", [0.5, 0.1])
@@ -352,7 +479,7 @@ def test_rectification_mixes_the_public_gradient_into_the_whole_estimate():
 
 def test_papers_probes_move_the_model_as_far_as_a_column_probe():
     config = ArmConfig(column_scale=0.02, blend_scale=4.0, blend=0.25, queries=7)
-    probes = PaperArm().probes(config, 1)
+    probes = PaperArm().probes(config, 1, 0)
     assert (probes.num_random, probes.measures_columns, probes.grouping) == (7, False, Grouping.DEVICE)
     assert probes.random_scale * probes.blend_scale == config.column_scale
     assert (probes.blend, probes.blend_scale) == (0.25, 4.0)
@@ -362,9 +489,9 @@ def test_papers_probes_move_the_model_as_far_as_a_column_probe():
 
 
 def test_mezo_weighs_every_devices_estimate_by_its_examples():
-    size, nothing = 10, np.zeros((0, 10), np.float32)
-    reports = measured(nothing, gradient(size), groups=(1, 4), num_random=2, weights=[3, 1])
-    found = PlainZerothOrder(Grouping.DEVICE).combine(ArmConfig(), plan(), nothing, np.zeros(0, np.float32), reports)
+    size, nowhere = 10, np.zeros((0, 10), np.float32)
+    reports = measured(nowhere, gradient(size), groups=(1, 4), num_random=2, weights=[3, 1])
+    found = PlainZerothOrder(Grouping.DEVICE).combine(ArmConfig(), plan(), public_of(nowhere), reports)
     for term, group, share in zip(found.random_terms, reports.random_slopes, (3 / 4, 1 / 4), strict=True):
         assert term.group == group.group
         assert np.array_equal(term.coefficients, group.slopes * np.float32(share / 2))
@@ -373,38 +500,24 @@ def test_mezo_weighs_every_devices_estimate_by_its_examples():
         for group, share in zip(reports.random_slopes, (3 / 4, 1 / 4), strict=True)
         for slope, z in zip(group.slopes, gaussians(group.group, 2, size), strict=True)
     )
-    assert (
-        np.abs(step(found, nothing) - expected).max()
-        < 8 * UNIT * 4.33 * np.abs(np.concatenate([g.slopes for g in reports.random_slopes])).sum()
-    )
+    largest = np.abs(np.concatenate([group.slopes for group in reports.random_slopes])).sum()
+    assert np.abs(step(found, nowhere) - expected).max() < 8 * UNIT * 4.33 * largest
 
 
 def test_decomfl_over_two_edges_is_one_group_with_the_mean_of_all_devices():
     """Devices of both edges probe the same directions: two terms with the same group would count them twice."""
-    decomfl = arm(ArmName.DECOMFL)
-    asked = plan(decomfl.probes(ArmConfig(queries=2, residual_queries=0), 0))
-    nothing = np.zeros(0, np.float32)
+    decomfl, config = arm(ArmName.DECOMFL), ArmConfig(queries=2)
+    asked = plan(decomfl.probes(config, 0, 0))
     slopes = {0: [1, 2], 1: [3, -2], 2: [5, 0], 3: [-1, 4]}
     examples = {0: 1, 1: 2, 2: 3, 3: 2}
     reports = {
-        device_id: DeviceReport(
-            device_id=device_id,
-            round_index=0,
-            model_version=0,
-            guide_version=-1,
-            num_examples=examples[device_id],
-            outcome=Outcome.OK,
-            column_slopes=nothing,
-            random_slopes=np.array(values, np.float32),
-            estimate=None,
-            forward_passes=4,
+        device_id: sample_messages.device_report(
+            device_id, asked, num_examples=examples[device_id], random_slopes=np.array(values, np.float32)
         )
         for device_id, values in slopes.items()
     }
-    folded = [Edge(1, [1, 3]).fold(asked, [reports[1], reports[3]]), Edge(0, [0, 2]).fold(asked, [reports[0], reports[2]])]
-    found = decomfl.combine(
-        ArmConfig(queries=2, residual_queries=0), asked, np.zeros((0, 5), np.float32), nothing, state._measured(folded, 0)
-    )
+    folded = [Edge(1, [1, 3], 5).fold(asked, [reports[1], reports[3]]), Edge(0, [0, 2], 5).fold(asked, [reports[0], reports[2]])]
+    found = decomfl.combine(config, asked, public_of(np.zeros((0, 5), np.float32)), state._measured(folded, 0, 5))
     (term,) = found.random_terms
     assert term.group == 0
     mean = [sum(examples[i] * slopes[i][j] for i in slopes) / 8 for j in (0, 1)]
@@ -413,31 +526,58 @@ def test_decomfl_over_two_edges_is_one_group_with_the_mean_of_all_devices():
 
 
 def test_equal_seeds_make_shared_directions_and_own_seeds_do_not():
-    assert arm(ArmName.MEZO_FL).probes(ArmConfig(), 0).grouping is Grouping.DEVICE
-    assert arm(ArmName.DECOMFL).probes(ArmConfig(), 0).grouping is Grouping.SHARED
+    assert arm(ArmName.MEZO_FL).probes(ArmConfig(), 0, 0).grouping is Grouping.DEVICE
+    assert arm(ArmName.DECOMFL).probes(ArmConfig(), 0, 0).grouping is Grouping.SHARED
 
 
 def test_cloud_only_asks_no_device():
-    assert CloudOnly().probes(ArmConfig(), 1) is None
+    assert CloudOnly().probes(ArmConfig(), 1, 0) is None
     assert CloudOnly().local_training(ArmConfig()) is None
+    assert CloudOnly().feedback(ArmConfig(), 3, [(0, 1)]) is None
 
 
 def test_federated_averaging_hands_on_the_mean_change():
-    change = gradient(9)
-    reports = replace(measured(np.zeros((0, 9), np.float32), change), estimate=change)
-    found = FederatedAveraging().combine(ArmConfig(), plan(), np.zeros((0, 9), np.float32), np.zeros(0, np.float32), reports)
-    assert np.array_equal(step(found, np.zeros((0, 9), np.float32)), change)
+    change, nowhere = gradient(9), np.zeros((0, 9), np.float32)
+    reports = replace(measured(nowhere, change), estimate=change)
+    found = FederatedAveraging().combine(ArmConfig(), plan(), public_of(nowhere), reports)
+    # A quotient and a product with the largest entry, one rounding each; with a power of two neither rounds.
+    assert (np.abs(step(found, nowhere) - change) <= 2 * UNIT * (1 + 2 * UNIT) * np.abs(change)).all()
+    change[0] = 8
+    exact = FederatedAveraging().combine(ArmConfig(), plan(), public_of(nowhere), replace(reports, estimate=change))
+    assert np.array_equal(step(exact, nowhere), change)
     task = FederatedAveraging().local_training(ArmConfig(local_steps=3, local_learning_rate=0.2))
     assert (task.num_steps, task.learning_rate) == (3, 0.2)
 
 
-@pytest.mark.parametrize("name", [ArmName.PAPER, ArmName.MEZO_FL, ArmName.DECOMFL])
-def test_every_zeroth_order_arm_spends_the_same_queries(name):
-    probes = arm(name).probes(ArmConfig(queries=6), 1)
+@pytest.mark.parametrize("name", [ArmName.MEASURED, ArmName.PAPER, ArmName.MEZO_FL, ArmName.DECOMFL])
+@pytest.mark.parametrize("num_rows", [0, 9])
+def test_every_zeroth_order_arm_spends_the_same_queries(name, num_rows):
+    probes = arm(name).probes(ArmConfig(queries=6), 1, num_rows)
     assert isinstance(probes, Probes)
     assert probes.num_random + (1 if probes.measures_columns else 0) == 6
 
 
-@pytest.mark.parametrize("name", list(ArmName))
-def test_every_method_has_a_name_and_says_what_the_cloud_computes(name):
-    assert isinstance(arm(name).guide, GuideSource)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (ArmName.FEEDBACK, {"has_gradient", "has_momentum", "has_basis", "has_maps"}),
+        (ArmName.MEASURED, {"has_gradient", "has_momentum", "has_basis"}),
+        (ArmName.PAPER, {"has_gradient"}),
+        (ArmName.MEZO_FL, set()),
+        (ArmName.DECOMFL, set()),
+        (ArmName.CLOUD_ONLY, {"has_gradient"}),
+        (ArmName.FEDAVG_BP, set()),
+    ],
+)
+def test_a_method_gets_from_the_cloud_what_its_paper_says_and_no_more(name, expected):
+    """Momentum or a basis for the paper's arm, or a gradient for MeZO, would be another method under its name."""
+    assert {choice for choice in ("has_gradient", "has_momentum", "has_basis", "has_maps") if getattr(arm(name), choice)} == expected
+
+
+def test_every_method_has_a_name():
+    assert len({type(arm(name)) for name in ArmName} | {arm(name) for name in (ArmName.MEZO_FL, ArmName.DECOMFL)}) == len(ArmName) + 1
+
+
+def test_only_the_feedback_arm_keeps_queries_from_columns_and_random_directions():
+    config = ArmConfig(queries=7, feedback_blocks=2)
+    assert {name: arm(name).free_queries(config) for name in ArmName} == dict.fromkeys(ArmName, 7) | {ArmName.FEEDBACK: 7 - 1 - 2}

@@ -8,6 +8,7 @@ import tracemalloc
 import msgspec
 import numpy as np
 import pytest
+import sample_messages
 
 from cooperllm.errors import DecodeError
 from cooperllm.link import codec
@@ -15,11 +16,13 @@ from cooperllm.link.codec import decode, encode
 from cooperllm.messages import (
     DeviceReport,
     EdgeReport,
+    Feedback,
     Grouping,
     Guide,
-    GuideKind,
+    Maps,
     Order,
     Outcome,
+    Packed,
     Plan,
     Probes,
     RandomSlopes,
@@ -35,6 +38,9 @@ MIB = 1 << 20
 ARRAY = ["<f4", [2], np.array([1, -2], "<f4").tobytes()]
 
 
+VALUES = {"values": {"scale": 1.0, "payload": b""}}
+
+
 def term(array=ARRAY, **changes):
     """Bytes of a RandomTerm, field by field."""
     return msgspec.msgpack.encode({"group": 1, "coefficients": array} | changes)
@@ -45,34 +51,23 @@ def nested(depth, opener=b"\x91"):
     return msgspec.msgpack.encode({"group": 1, "coefficients": 0})[:-1] + opener * depth + b"\xc0"
 
 
+PACKED = Packed(scale=0.5, payload=b"CG\x01\x08")
+
+
 def plan():
-    return Plan(
-        round_index=1,
-        model_version=1,
-        guide_version=1,
-        theta_hash=bytes(range(16)),
+    return sample_messages.plan(
         seed=(1 << 63) - 1,
         cohort=(0, 5),
-        batch_size=4,
-        guide=Guide(kind=GuideKind.DIRECTIONS, payload=b"CG\x01", has_momentum=True),
-        guide_hash=bytes(16),
-        num_columns=2,
+        guide=Guide(payload=b"CG\x01", num_columns=1, has_momentum=True),
         probes=Probes(measures_columns=True, num_random=3, grouping=Grouping.EDGE, column_scale=0.5, random_scale=1e-3, blend=0.5),
+        feedback=Feedback(maps_version=4, blocks=((0, 2), (2, 5)), bits=8, slope_scale=0.5),
+        maps=Maps(version=4, contrasts=np.eye(1, 2, dtype=np.float32), basis_of_layer=(0, 0), num_components=1, values=PACKED),
     )
 
 
 def update():
-    return Update(
-        round_index=0,
-        model_version=0,
-        seed=3,
-        learning_rate=0.1,
-        guide=None,
-        column_coefficients=np.ones(2, np.float32),
-        random_terms=(RandomTerm(group=1, coefficients=np.zeros(2, np.float32)),),
-        dense=None,
-        theta_hash=bytes(16),
-    )
+    terms = (RandomTerm(group=1, coefficients=np.zeros(2, np.float32)),)
+    return sample_messages.update(column_coefficients=np.ones(2, np.float32), random_terms=terms, dense=PACKED)
 
 
 def report():
@@ -86,7 +81,9 @@ def report():
         column_slopes=vector,
         column_squares=vector,
         random_slopes=(RandomSlopes(group=7, num_examples=8, slopes=vector),),
-        estimate=None,
+        estimate=PACKED,
+        agreement=vector,
+        energy=vector,
         forward_passes=10,
     )
 
@@ -141,7 +138,7 @@ def test_every_truncation_is_refused(message):
 @EVERY_KIND
 def test_every_field_without_a_default_must_be_there(message):
     plain = msgspec.msgpack.decode(encode(message))
-    optional = {"probes", "local_training", "format_version"}
+    optional = {"probes", "local_training", "feedback", "maps", "format_version"}
     for name in plain.keys() - optional:
         refuses(damaged(message, **{name: ...}), type(message))
 
@@ -262,14 +259,30 @@ def test_nesting_of_any_depth_is_refused(depth, opener):
         (plan(), {"theta_hash": bytes(15)}),
         (plan(), {"guide_hash": bytes(17)}),
         (plan(), {"cohort": [0, -1]}),
-        (plan(), {"guide": {"kind": "pickle", "payload": b"", "has_momentum": False}}),
-        (plan(), {"guide": {"kind": "directions", "payload": b"", "has_momentum": 1}}),
+        (plan(), {"guide": {"payload": b"", "num_columns": -1, "has_momentum": False}}),
+        (plan(), {"guide": {"payload": b"", "num_columns": 1, "has_momentum": 1}}),
+        (plan(), {"guide": {"payload": b"", "has_momentum": False}}),
+        (plan(), {"feedback": {"maps_version": 0, "blocks": [[0, -1]], "bits": 8, "slope_scale": 0.5}}),
+        (plan(), {"feedback": {"maps_version": 0, "blocks": [[0, 1, 2]], "bits": 8, "slope_scale": 0.5}}),
+        (plan(), {"feedback": {"maps_version": 0, "blocks": [], "bits": 8, "slope_scale": 0.0}}),
+        (plan(), {"feedback": {"maps_version": 0, "blocks": [], "bits": 8, "slope_scale": float("nan")}}),
+        (plan(), {"maps": {"version": 0}}),
+        (plan(), {"maps": {"version": -1, "contrasts": ["<f4", [0, 0], b""], "basis_of_layer": [], "num_components": 1} | VALUES}),
+        (plan(), {"maps": {"version": 1, "contrasts": ARRAY, "basis_of_layer": [], "num_components": 1} | VALUES}),
+        (update(), {"dense": {"scale": -1.0, "payload": b""}}),
+        (update(), {"dense": {"scale": float("nan"), "payload": b""}}),
+        (update(), {"dense": {"scale": float("inf"), "payload": b""}}),
+        (update(), {"dense": {"scale": 1.0, "payload": None}}),
+        (update(), {"dense": ARRAY}),
         (update(), {"learning_rate": "0.1"}),
         (update(), {"random_terms": [{"group": 1 << 33, "coefficients": ARRAY}]}),
         (update(), {"column_coefficients": None}),
         (report(), {"dropped": {"no such outcome": 1}}),
         (report(), {"dropped": {"lost": 0.5}}),
         (report(), {"num_devices": None}),
+        (report(), {"estimate": {"scale": 1e31, "payload": b""}}),
+        (report(), {"agreement": None}),
+        (report(), {"energy": [0.0]}),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
@@ -284,10 +297,17 @@ def test_a_scale_that_is_not_positive_is_refused_on_arrival_too(name, value):
     refuses(damaged(plan(), probes=probes | {name: value}), Plan)
 
 
-@pytest.mark.parametrize("blend", [0.0, 1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("blend", [1.5, -0.1, float("nan")])
 def test_a_blend_outside_its_domain_is_refused_on_arrival_too(blend):
     probes = msgspec.msgpack.decode(encode(plan()))["probes"]
     refuses(damaged(plan(), probes=probes | {"blend": blend}), Plan)
+
+
+@pytest.mark.parametrize("blend", [0.0, 1.0, None])
+def test_a_blend_at_the_edge_of_its_domain_arrives(blend):
+    """0 mixes probes from a basis alone, 1 is isotropic."""
+    probes = msgspec.msgpack.decode(encode(plan()))["probes"]
+    assert decode(damaged(plan(), probes=probes | {"blend": blend}), Plan).probes.blend == blend
 
 
 def test_one_kind_of_message_is_not_another():

@@ -26,6 +26,8 @@ from cooperllm.config import (
 )
 from cooperllm.errors import ConfigError, CooperLLMError
 
+POSITIVE_COUNTS = ("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh")
+
 OUTSIDE = [
     (ModelConfig, {"name": ""}, "model.name", "''"),
     (ModelConfig, {"rank": 0}, "model.rank", "0"),
@@ -58,11 +60,15 @@ OUTSIDE = [
         for name in ("learning_rate", "column_scale", "random_scale", "blend_scale", "local_learning_rate")
         for value in (0.0, -1.0, math.nan, math.inf)
     ],
-    *[(ArmConfig, {name: 0}, f"arm.{name}", "0") for name in ("queries", "public_batch_size", "pool_size", "local_steps")],
+    *[(ArmConfig, {name: 0}, f"arm.{name}", "0") for name in POSITIVE_COUNTS],
     (ArmConfig, {"guide_bits": 16}, "arm.guide_bits", "16"),
-    (ArmConfig, {"residual_queries": -1}, "arm.residual_queries", "-1"),
+    (ArmConfig, {"estimate_bits": 16}, "arm.estimate_bits", "16"),
+    (ArmConfig, {"basis_size": -1}, "arm.basis_size", "-1"),
+    (ArmConfig, {"basis_size": 1001}, "arm.basis_size", "1001"),
     (ArmConfig, {"effective_rank": -1.0}, "arm.effective_rank", "-1.0"),
     (ArmConfig, {"effective_rank": math.nan}, "arm.effective_rank", "nan"),
+    (ArmConfig, {"map_examples": 7}, "arm.map_examples", "7"),
+    (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 2, "feedback_blocks": 2}, "arm.queries", "2"),
     (ArmConfig, {"public_weight": 1.5}, "arm.public_weight", "1.5"),
     (ArmConfig, {"public_weight": -0.5}, "arm.public_weight", "-0.5"),
     (ArmConfig, {"blend": 0.0}, "arm.blend", "0.0"),
@@ -83,7 +89,13 @@ AT_THE_EDGE = [
     (FederationConfig, {"num_devices": 1, "num_edges": 1, "devices_per_round": 1, "min_reports": 1, "batch_size": 1}),
     (FederationConfig, {"partition": Partition.COLUMN, "partition_column": "user"}),
     (OptimizerConfig, {"momentum": 0.0, "square_decay": 0.0}),
-    (ArmConfig, {"queries": 1, "residual_queries": 0, "public_weight": 1.0, "blend": 1.0, "effective_rank": 0.0, "guide_bits": 4}),
+    (
+        ArmConfig,
+        {"queries": 1, "basis_size": 0, "public_weight": 1.0, "blend": 1.0, "effective_rank": 0.0, "guide_bits": 4, "estimate_bits": 4},
+    ),
+    (ArmConfig, {"basis_size": 1000, "map_examples": 8, "map_components": 1, "map_refresh": 1, "estimate_bits": 32}),
+    (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 3, "feedback_blocks": 2}),
+    (ArmConfig, {"name": ArmName.MEASURED, "queries": 2, "feedback_blocks": 2}),
     (ArmConfig, {"public_weight": 0.0, "pool_size": 1, "local_steps": 1}),
     (RunConfig, {"seed": (1 << 63) - 1, "num_rounds": 1, "evaluate_every": 1, "checkpoint_every": 1, "memory_mib": None}),
 ]

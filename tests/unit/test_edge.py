@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import sample_messages
 
 from cooperllm.algorithm import noise, replay
+from cooperllm.algorithm.compression import pack, pack_vector, unpack_vector
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.probe import catch_up
 from cooperllm.edge import Edge, group_of
 from cooperllm.link.codec import encode
-from cooperllm.messages import DeviceReport, Grouping, LocalTraining, Outcome, Plan, Probes, RandomTerm, Update
+from cooperllm.messages import Feedback, Grouping, LocalTraining, Outcome, Packed, Probes, RandomTerm
 
 SIZE = 64
 OPTIMIZER = OptimizerConfig()
@@ -24,54 +26,47 @@ def history(count):
     """Sealed updates and the replica at every version."""
     replicas, updates = [replay.start(noise.gaussian(1, 0, SIZE), OPTIMIZER)], []
     for version in range(count):
-        update = Update(
-            round_index=version,
-            model_version=version,
-            seed=version,
-            learning_rate=0.1,
-            guide=None,
-            column_coefficients=np.zeros(0, np.float32),
-            random_terms=(RandomTerm(group=0, coefficients=np.ones(1, np.float32)),),
-            dense=None,
-            theta_hash=bytes(16),
-        )
+        update = sample_messages.update(version, random_terms=(RandomTerm(group=0, coefficients=np.ones(1, np.float32)),))
         sealed, after = replay.seal(replicas[-1], update, OPTIMIZER)
         updates.append(sealed)
         replicas.append(after)
     return updates, replicas
 
 
-def plan(replica, *, cohort=(0, 1, 2, 3), probes=PROBES, guide_version=-1):
-    return Plan(
+def plan(replica, *, cohort=(0, 1, 2, 3), probes=PROBES, **changes):
+    return sample_messages.plan(
         round_index=replica.model_version,
         model_version=replica.model_version,
-        guide_version=guide_version,
         theta_hash=replica.state_hash,
-        seed=5,
         cohort=cohort,
-        batch_size=4,
-        guide=None,
-        guide_hash=bytes(16),
         num_columns=2,
         probes=probes,
-        local_training=None if probes else LocalTraining(num_steps=1, learning_rate=0.1),
+        **changes,
     )
+
+
+def training(replica):
+    return plan(replica, probes=None, local_training=LocalTraining(num_steps=1, learning_rate=0.1))
+
+
+def estimating(replica, bits=8):
+    return plan(replica, feedback=Feedback(maps_version=-1, blocks=((0, 8), (8, SIZE)), bits=bits, slope_scale=0.5))
 
 
 def answer(device_id, asked, **changes):
-    report = DeviceReport(
-        device_id=device_id,
-        round_index=asked.round_index,
-        model_version=asked.model_version,
-        guide_version=asked.guide_version,
-        num_examples=4,
-        outcome=Outcome.OK,
-        column_slopes=np.array([device_id, 1], np.float32),
-        random_slopes=np.array([device_id, -1], np.float32),
-        estimate=None,
-        forward_passes=8,
-    )
-    return replace(report, **changes)
+    numbers = {"column_slopes": np.array([device_id, 1], np.float32), "random_slopes": np.array([device_id, -1], np.float32)}
+    return sample_messages.device_report(device_id, asked, **numbers | changes)
+
+
+def estimate(device_id, asked, **changes):
+    """An answer with an estimate of one value everywhere and two blocks."""
+    packed = pack_vector(np.full(SIZE, 1 + device_id, np.float32), 8)
+    blocks = {"agreement": np.array([device_id, 2], np.float32), "energy": np.array([1, device_id], np.float32)}
+    return answer(device_id, asked, **{"estimate": packed} | blocks | changes)
+
+
+def edge_of(edge_id, device_ids):
+    return Edge(edge_id, device_ids, SIZE)
 
 
 def remembering(edge, updates, num_bytes):
@@ -82,13 +77,13 @@ def remembering(edge, updates, num_bytes):
 
 def test_only_the_edges_own_devices_of_the_cohort_are_asked_in_order():
     _, (replica,) = history(0)
-    orders = Edge(1, [5, 1, 3]).fan_out(plan(replica, cohort=(9, 3, 0, 1)), replica)
+    orders = edge_of(1, [5, 1, 3]).fan_out(plan(replica, cohort=(9, 3, 0, 1)), replica)
     assert [order.device_id for order in orders] == [1, 3]
 
 
 def test_a_device_gets_exactly_the_updates_it_has_missed():
     updates, replicas = history(3)
-    edge = remembering(Edge(0, [0, 1]), updates, 100)
+    edge = remembering(edge_of(0, [0, 1]), updates, 100)
     edge.note_version([1], 2)
     first, second = edge.fan_out(plan(replicas[3]), replicas[3])
     assert [update.model_version for update in first.updates] == [0, 1, 2]
@@ -101,16 +96,16 @@ def test_a_device_gets_exactly_the_updates_it_has_missed():
 def test_the_shorter_of_updates_and_snapshot_is_sent():
     """θ and one moment of 64 float32 are 512 bytes: two updates of 256 bytes are no longer than that, of 257 they are."""
     updates, replicas = history(2)
-    (order,) = remembering(Edge(0, [0]), updates, 256).fan_out(plan(replicas[2]), replicas[2])
+    (order,) = remembering(edge_of(0, [0]), updates, 256).fan_out(plan(replicas[2]), replicas[2])
     assert (len(order.updates), order.snapshot) == (2, None)
-    (order,) = remembering(Edge(0, [0]), updates, 257).fan_out(plan(replicas[2]), replicas[2])
+    (order,) = remembering(edge_of(0, [0]), updates, 257).fan_out(plan(replicas[2]), replicas[2])
     assert order.updates == ()
     assert catch_up(replicas[0], order, OPTIMIZER).state_hash == replicas[2].state_hash
 
 
 def test_a_device_that_answered_gets_only_what_came_after():
     updates, replicas = history(2)
-    edge = remembering(Edge(0, [0, 1]), updates[:1], 100)
+    edge = remembering(edge_of(0, [0, 1]), updates[:1], 100)
     asked = plan(replicas[1])
     edge.fold(asked, [answer(0, asked)], lost=1)
     edge.remember(updates[1], 100)
@@ -122,7 +117,7 @@ def test_a_device_that_answered_gets_only_what_came_after():
 def test_a_device_that_answered_another_version_is_not_taken_to_have_this_one():
     """Its report shows that it computed at version 0: it still lacks the first update."""
     updates, replicas = history(2)
-    edge = remembering(Edge(0, [0]), updates[:1], 100)
+    edge = remembering(edge_of(0, [0]), updates[:1], 100)
     stale, asked = plan(replicas[0]), plan(replicas[1])
     edge.fold(asked, [answer(0, stale)])
     edge.remember(updates[1], 100)
@@ -133,7 +128,7 @@ def test_a_device_that_answered_another_version_is_not_taken_to_have_this_one():
 def test_fold_is_the_weighted_mean_of_usable_reports():
     _, (replica,) = history(0)
     asked = plan(replica)
-    found = Edge(7, range(4)).fold(asked, [answer(2, asked, num_examples=3, forward_passes=12), answer(0, asked, num_examples=1)])
+    found = edge_of(7, range(4)).fold(asked, [answer(2, asked, num_examples=3, forward_passes=12), answer(0, asked, num_examples=1)])
     assert (found.edge_id, found.num_devices, found.num_examples, found.dropped, found.forward_passes) == (7, 2, 4, {}, 12)
     assert found.column_slopes.tolist() == [1.5, 1]
     assert found.column_squares.tolist() == [3, 1]
@@ -141,15 +136,36 @@ def test_fold_is_the_weighted_mean_of_usable_reports():
     assert found.estimate is None
 
 
-def test_estimates_are_averaged_where_the_plan_asked_for_them():
+def test_estimates_are_averaged_where_the_plan_asked_for_training():
     _, (replica,) = history(0)
-    asked = plan(replica, probes=None)
-    nothing = np.zeros(0, np.float32)
-    parts = {"column_slopes": nothing, "random_slopes": nothing}
-    reports = [answer(i, asked, estimate=np.full(SIZE, i, np.float32), num_examples=1 + i, **parts) for i in (0, 3)]
-    found = Edge(0, range(4)).fold(asked, reports)
-    assert found.estimate.tolist() == [float(np.float32(3 * 4 / 5))] * SIZE
+    asked = training(replica)
+    reports = [
+        sample_messages.device_report(i, asked, estimate=pack_vector(np.full(SIZE, i, np.float32), 32), num_examples=1 + i) for i in (0, 3)
+    ]
+    found = edge_of(0, range(4)).fold(asked, reports)
+    # Only one value: the largest entry over itself is 1, and nothing is rounded but the mean.
+    assert unpack_vector(found.estimate, SIZE).tolist() == [float(np.float32(3 * 4 / 5))] * SIZE
     assert found.random_slopes == ()
+    assert len(found.agreement) == len(found.energy) == 0
+
+
+def test_estimates_agreements_and_energies_are_averaged_where_the_plan_asked_for_feedback():
+    _, (replica,) = history(0)
+    asked = estimating(replica)
+    found = edge_of(0, range(4)).fold(asked, [estimate(3, asked, num_examples=3), estimate(1, asked, num_examples=1)])
+    assert found.num_devices == 2
+    # (3 · 4 + 1 · 2) / 4 = 3.5 everywhere; device and edge each round the scale 1/127 up to half precision.
+    assert unpack_vector(found.estimate, SIZE) == pytest.approx(3.5, rel=2 * 2**-10 + 2**-20)
+    assert found.agreement.tolist() == [(3 * 3 + 1) / 4, 2]
+    assert found.energy.tolist() == [1, (3 * 3 + 1) / 4]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_a_mean_estimate_travels_with_the_bits_that_the_plan_asked_for(bits):
+    _, (replica,) = history(0)
+    asked = estimating(replica, bits)
+    found = edge_of(0, range(4)).fold(asked, [estimate(0, asked)])
+    assert len(found.estimate.payload) == len(pack(np.ones((1, SIZE), np.float32), bits))
 
 
 @pytest.mark.parametrize(
@@ -175,15 +191,59 @@ def test_an_unusable_report_is_counted_under_its_outcome_and_changes_no_number(c
     _, (replica,) = history(0)
     asked = plan(replica)
     good = [answer(0, asked), answer(1, asked)]
-    found = Edge(0, range(4)).fold(asked, [*good, answer(2, asked, **changes)])
+    found = edge_of(0, range(4)).fold(asked, [*good, answer(2, asked, **changes)])
     assert found.dropped == {outcome: 1}
-    assert encode(replace(found, dropped={})) == encode(Edge(0, range(4)).fold(asked, good))
+    assert encode(replace(found, dropped={})) == encode(edge_of(0, range(4)).fold(asked, good))
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({"estimate": None}, Outcome.MISMATCH),
+        ({"estimate": Packed(scale=1.0, payload=b"")}, Outcome.MISMATCH),
+        ({"estimate": Packed(scale=1.0, payload=pack(np.ones((1, SIZE), np.float32), 8)[:-1])}, Outcome.MISMATCH),
+        ({"estimate": pack_vector(np.ones(SIZE - 1, np.float32), 8)}, Outcome.MISMATCH),
+        ({"estimate": Packed(scale=1.0, payload=pack(np.ones((2, SIZE), np.float32), 8))}, Outcome.MISMATCH),
+        ({"estimate": Packed(scale=1.0, payload=pack(np.ones((0, SIZE), np.float32), 8))}, Outcome.MISMATCH),
+        ({"estimate": Packed(scale=float("nan"), payload=pack(np.ones((1, SIZE), np.float32), 8))}, Outcome.NON_FINITE_LOSS),
+        ({"agreement": np.zeros(1, np.float32)}, Outcome.MISMATCH),
+        ({"energy": np.zeros(3, np.float32)}, Outcome.MISMATCH),
+        ({"agreement": np.array([np.nan, 1], np.float32)}, Outcome.NON_FINITE_LOSS),
+        ({"energy": np.array([np.inf, 1], np.float32)}, Outcome.NON_FINITE_LOSS),
+        ({"random_slopes": np.zeros(1, np.float32)}, Outcome.MISMATCH),
+    ],
+    ids=str,
+)
+def test_an_unusable_estimate_is_counted_and_changes_no_number(changes, outcome):
+    """A sender of bytes that are no estimate must not stop the round for the others."""
+    _, (replica,) = history(0)
+    asked = estimating(replica)
+    good = [estimate(0, asked), estimate(1, asked)]
+    found = edge_of(0, range(4)).fold(asked, [*good, estimate(2, asked, **changes)])
+    assert found.dropped == {outcome: 1}
+    assert encode(replace(found, dropped={})) == encode(edge_of(0, range(4)).fold(asked, good))
+
+
+def test_training_without_a_result_is_counted_as_a_mismatch():
+    _, (replica,) = history(0)
+    asked = training(replica)
+    assert edge_of(0, range(4)).fold(asked, [sample_messages.device_report(2, asked)]).dropped == {Outcome.MISMATCH: 1}
+
+
+def test_an_estimate_that_nobody_asked_for_is_a_mismatch():
+    """A device may not put a vector of its own choice into a round of slopes."""
+    _, (replica,) = history(0)
+    asked = plan(replica)
+    sent = {"estimate": pack_vector(np.ones(SIZE, np.float32), 8)}
+    assert edge_of(0, range(4)).fold(asked, [answer(2, asked, **sent)]).dropped == {Outcome.MISMATCH: 1}
+    sent = {"agreement": np.ones(1, np.float32), "energy": np.ones(1, np.float32)}
+    assert edge_of(0, range(4)).fold(asked, [answer(2, asked, **sent)]).dropped == {Outcome.MISMATCH: 1}
 
 
 def test_lost_devices_are_counted_beside_the_others():
     _, (replica,) = history(0)
     asked = plan(replica)
-    found = Edge(0, range(6)).fold(
+    found = edge_of(0, range(6)).fold(
         asked, [answer(0, asked), answer(1, asked, outcome=Outcome.LOST), answer(2, asked, round_index=9)], lost=3
     )
     assert found.dropped == {Outcome.LOST: 4, Outcome.MISMATCH: 1}
@@ -193,9 +253,12 @@ def test_lost_devices_are_counted_beside_the_others():
 def test_no_usable_report_weighs_nothing():
     _, (replica,) = history(0)
     asked = plan(replica)
-    found = Edge(0, range(4)).fold(asked, [answer(0, asked, outcome=Outcome.NON_FINITE_LOSS)], lost=2)
+    found = edge_of(0, range(4)).fold(asked, [answer(0, asked, outcome=Outcome.NON_FINITE_LOSS)], lost=2)
     assert (found.num_devices, found.num_examples) == (0, 0)
-    assert len(found.column_slopes) == len(found.column_squares) == len(found.random_slopes) == 0
+    assert (
+        len(found.column_slopes) == len(found.column_squares) == len(found.random_slopes) == len(found.agreement) == len(found.energy) == 0
+    )
+    assert found.estimate is None
     assert found.dropped == {Outcome.NON_FINITE_LOSS: 1, Outcome.LOST: 2}
 
 
@@ -204,17 +267,17 @@ def test_group_says_who_shares_directions(grouping, expected):
     _, (replica,) = history(0)
     asked = plan(replica, probes=replace(PROBES, grouping=grouping))
     assert group_of(asked, edge_id=4, device_id=17) == expected
-    (order,) = Edge(4, [17]).fan_out(replace(asked, cohort=(17,)), replica)
+    (order,) = edge_of(4, [17]).fan_out(replace(asked, cohort=(17,)), replica)
     assert order.group == expected
 
 
 def test_a_plan_without_probes_has_one_group():
     _, (replica,) = history(0)
-    assert group_of(plan(replica, probes=None), edge_id=4, device_id=17) == 0
+    assert group_of(training(replica), edge_id=4, device_id=17) == 0
 
 
 def test_devices_of_one_group_are_folded_into_one_entry():
     _, (replica,) = history(0)
     asked = plan(replica, probes=replace(PROBES, grouping=Grouping.EDGE))
-    (group,) = Edge(4, range(4)).fold(asked, [answer(0, asked, num_examples=1), answer(3, asked, num_examples=2)]).random_slopes
+    (group,) = edge_of(4, range(4)).fold(asked, [answer(0, asked, num_examples=1), answer(3, asked, num_examples=2)]).random_slopes
     assert (group.group, group.num_examples, group.slopes.tolist()) == (4, 3, [2, -1])

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from cooperllm.algorithm import noise
-from cooperllm.algorithm.guidance import blend_weights, digest, dot, guided_perturbations, orthonormalise, signs
+from cooperllm.algorithm.guidance import (
+    blend_weights,
+    digest,
+    digest_of,
+    dot,
+    guided_perturbations,
+    mixtures,
+    orthonormalise,
+    random_directions,
+    signs,
+)
+from cooperllm.messages import Grouping, Probes, probe_index, probe_indices
 
 UNIT = 2.0**-24
 """Largest relative error of one float32 operation."""
@@ -174,6 +185,63 @@ def test_perturbations_of_a_family_use_its_signs_one_after_the_other():
     whole = noise.rademacher(3, 8, 12)
     assert np.array_equal(np.concatenate([signs(3, 8, position, 4) for position in range(3)]), whole)
     assert len(signs(3, 8, 2, 0)) == 0
+
+
+def test_a_mixture_is_its_signs_times_unit_rows_and_has_length_one():
+    basis = [np.float32(length) * row for length, row in zip((1, 0.25, 8), orthonormalise(columns(3, 40), 40), strict=True)]
+    found = mixtures(11, 2, 4, basis)
+    units = orthonormalise(columns(3, 40), 40).astype(np.float64)
+    for position, mixture in enumerate(found):
+        expected = signs(11, 2, position, 3).astype(np.float64) @ units / math.sqrt(3)
+        # Lengths, quotients and three sums are rounded once each, at the size of a unit row's entry.
+        assert np.abs(mixture - expected).max() < 8 * UNIT * np.abs(units).max() * math.sqrt(3)
+        assert math.sqrt(dot(mixture, mixture)) == pytest.approx(1, rel=20 * UNIT)
+
+
+def test_a_mixture_does_not_depend_on_how_many_are_drawn():
+    """The cloud rebuilds them one group at a time, a device its own: a shorter draw must be the beginning of a longer one."""
+    basis = columns(5, 30)
+    assert np.array_equal(mixtures(3, 8, 2, basis), mixtures(3, 8, 6, basis)[:2])
+
+
+def test_a_row_of_zeros_adds_nothing_to_a_mixture():
+    (row,) = columns(1, 16)
+    with_zeros = mixtures(3, 8, 1, [row, np.zeros(16, np.float32)])[0]
+    assert np.isfinite(with_zeros).all()
+    # Two rows: the other one counts 1/√2.
+    assert math.sqrt(dot(with_zeros, with_zeros)) == pytest.approx(math.sqrt(0.5), rel=8 * UNIT)
+
+
+def test_mixtures_match_their_golden_digest():
+    assert digest(*mixtures(9, 5, 3, columns(4, 1000, seed=7))).hex() == "209c5f871f9d795f1da44f460d64728e"
+
+
+@pytest.mark.parametrize("blend", [None, 0.0, 0.25, 1.0])
+def test_random_directions_are_of_the_kind_that_the_probes_name(blend):
+    """None is isotropic, 0 a mixture of the rows alone, everything else the paper's blend."""
+    scales = {"column_scale": 1.0, "random_scale": 1.0, "blend_scale": 2.0}
+    probes = Probes(measures_columns=False, num_random=3, grouping=Grouping.DEVICE, blend=blend, **scales)
+    rows = orthonormalise(columns(2, 40), 40)
+    expected = {
+        None: [noise.gaussian(7, probe_index(6, position), 40) for position in range(3)],
+        0.0: mixtures(7, 6, 3, list(rows)),
+    }
+    blended = guided_perturbations(rows, 7, probe_indices(6, 3), 6, blend or 1.0, 2.0)
+    found = list(random_directions(7, 6, probes, list(rows), 40))
+    assert np.array_equal(found, expected.get(blend) or list(blended))
+
+
+def test_groups_have_random_directions_of_their_own():
+    for blend in (None, 0.0, 0.5):
+        probes = Probes(measures_columns=False, num_random=2, grouping=Grouping.DEVICE, column_scale=1.0, random_scale=1.0, blend=blend)
+        one, other = (list(random_directions(7, group, probes, columns(8, 40), 40)) for group in (0, 1))
+        assert not any(np.array_equal(mine, theirs) for mine in one for theirs in other)
+
+
+def test_a_digest_of_parts_is_the_digest_of_the_whole():
+    one, other = columns(2, 6)
+    assert digest_of(iter([one, other])) == digest(one, other)
+    assert digest_of([other, one]) != digest(one, other)
 
 
 @pytest.mark.parametrize("bit", [0, 1, 31, 32 * 99 + 31])

@@ -4,10 +4,10 @@ Run: pytest tests/unit/test_replay.py
 """
 
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 import pytest
+import sample_messages
 
 from cooperllm.algorithm import compression, noise, replay
 from cooperllm.algorithm.guidance import orthonormalise
@@ -15,7 +15,7 @@ from cooperllm.algorithm.replay import Replica
 from cooperllm.config import OptimizerConfig, OptimizerKind
 from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import Guide, GuideKind, RandomTerm, Snapshot, Update, probe_index
+from cooperllm.messages import Guide, Packed, RandomTerm, Snapshot, Update, probe_index
 
 SIZE = 300
 UNIT = 2.0**-24
@@ -30,24 +30,13 @@ def initial(optimizer=MOMENTUM):
 
 
 def blank(replica, **changes):
-    update = Update(
-        round_index=replica.model_version,
-        model_version=replica.model_version,
-        seed=9,
-        learning_rate=0.1,
-        guide=None,
-        column_coefficients=np.zeros(0, np.float32),
-        random_terms=(),
-        dense=None,
-        theta_hash=bytes(16),
-    )
-    return replace(update, **changes)
+    return sample_messages.update(replica.model_version, **{"seed": 9} | changes)
 
 
 def guided(replica, bits=8):
     """An update as a round makes it: a packed guide with momentum, coefficients of its span, and two groups' random terms."""
     columns = np.stack([noise.gaussian(replica.model_version + 2, index, SIZE) for index in range(3)])
-    guide = Guide(kind=GuideKind.DIRECTIONS, payload=compression.pack(columns, bits), has_momentum=True)
+    guide = Guide(payload=compression.pack(columns, bits), num_columns=3, has_momentum=True)
     size = len(replay.span(replica, guide))
     terms = (RandomTerm(group=0, coefficients=np.array([0.5, -2], np.float32)), RandomTerm(group=7, coefficients=np.ones(1, np.float32)))
     coefficients = noise.gaussian(99, replica.model_version, size)
@@ -101,7 +90,7 @@ def test_a_replica_from_a_snapshot_continues_with_the_same_bits():
         {"seed": 1},
         {"random_terms": ()},
         {"theta_hash": bytes(15) + b"\1"},
-        {"dense": np.full(SIZE, 1e-3, np.float32)},
+        {"dense": compression.pack_vector(np.full(SIZE, 1e-3, np.float32), 8)},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -206,16 +195,27 @@ def test_momentum_of_a_fresh_replica_adds_no_column():
     assert len(replay.span(initial(), guided(initial()).guide)) == 3
 
 
-def test_a_guide_of_unknown_kind_is_refused():
-    class Later:
-        value = "feedback maps"
-
+def test_rows_after_the_columns_are_the_basis_and_no_part_of_the_span():
+    """The other way round a replica would measure slopes along the basis and mix probes from columns."""
     guide = guided(initial()).guide
-    unknown = object.__new__(Guide)
-    for name, value in {"kind": cast("GuideKind", Later()), "payload": guide.payload, "has_momentum": False}.items():
-        object.__setattr__(unknown, name, value)
-    with pytest.raises(DecodeError, match="kind 'feedback maps' found, this version knows 'directions'"):
-        replay.span(initial(), unknown)
+    split = replace(guide, num_columns=1)
+    column, *rest = compression.unpack(guide.payload, SIZE)
+    assert np.array_equal(replay.span(initial(), split), orthonormalise([column], SIZE))
+    assert np.array_equal(list(replay.probe_basis(split, SIZE)), rest)
+    assert len(replay.probe_basis(guide, SIZE)) == len(replay.probe_basis(None, SIZE)) == 0
+
+
+@pytest.mark.parametrize("length", [SIZE - 1, SIZE + 1])
+def test_a_basis_for_another_model_is_refused(length):
+    guide = Guide(payload=compression.pack(np.ones((2, length), np.float32), 8), num_columns=0, has_momentum=False)
+    with pytest.raises(DecodeError, match=f"length {length} found, the model has {SIZE}"):
+        replay.probe_basis(guide, SIZE)
+
+
+def test_more_columns_announced_than_packed_leave_no_basis():
+    guide = replace(guided(initial()).guide, num_columns=9, has_momentum=False)
+    assert len(replay.span(initial(), guide)) == 3
+    assert len(replay.probe_basis(guide, SIZE)) == 0
 
 
 def test_random_terms_are_rebuilt_from_their_seeds():
@@ -230,7 +230,8 @@ def test_a_direction_is_the_sum_of_its_three_parts():
     span = np.eye(2, SIZE, dtype=np.float32)
     dense, term = np.full(SIZE, 0.5, np.float32), RandomTerm(group=0, coefficients=np.ones(1, np.float32))
     coefficients = np.array([2, 3], np.float32)
-    update = blank(initial(), column_coefficients=coefficients, random_terms=(term,), dense=dense)
+    packed = compression.pack_vector(dense, 32)  # a power of two: exact
+    update = blank(initial(), column_coefficients=coefficients, random_terms=(term,), dense=packed)
     expected = coefficients @ span + noise.gaussian(9, 0, SIZE) + dense
     assert np.array_equal(replay.direction(initial(), update, span), expected)
 
@@ -244,7 +245,9 @@ def test_a_term_without_coefficients_adds_nothing():
     ("changes", "sentence"),
     [
         ({"column_coefficients": np.ones(2, np.float32)}, "2 column coefficients found, the span has 0"),
-        ({"dense": np.ones(SIZE - 1, np.float32)}, f"length {SIZE - 1} found, {SIZE} expected"),
+        ({"dense": compression.pack_vector(np.ones(SIZE - 1, np.float32), 8)}, f"length {SIZE - 1} found, the model has {SIZE} "),
+        ({"dense": Packed(scale=1.0, payload=compression.pack(np.ones((2, SIZE), np.float32), 8))}, "2 columns found, 1 expected"),
+        ({"dense": Packed(scale=1.0, payload=b"CG")}, "2 bytes found"),
     ],
 )
 def test_coordinates_that_do_not_fit_are_refused(changes, sentence):

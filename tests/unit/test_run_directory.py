@@ -12,28 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sample_messages
 
+from cooperllm.algorithm.compression import pack_vector
 from cooperllm.config import ArmConfig, RunConfig
 from cooperllm.errors import RunDirectoryError
 from cooperllm.link.codec import encode
-from cooperllm.messages import FORMAT_VERSION, Snapshot, Update
+from cooperllm.messages import FORMAT_VERSION, Maps, Snapshot
 from cooperllm.run_directory import MAGIC, RECORD, Checkpoint, RunDirectory, config_hash
 
 ROUNDS = 4
 
 
 def update(index):
-    return Update(
-        round_index=index,
-        model_version=index,
-        seed=index,
-        learning_rate=0.1,
-        guide=None,
-        column_coefficients=np.full(3, index, np.float32),
-        random_terms=(),
-        dense=None,
-        theta_hash=bytes(16),
-    )
+    return sample_messages.update(index, column_coefficients=np.full(3, index, np.float32))
 
 
 def record(index):
@@ -44,7 +36,10 @@ def record(index):
 def checkpoint():
     vector = np.arange(4, dtype=np.float32)
     snapshot = Snapshot(model_version=2, theta=vector, moments=(vector,))
-    return Checkpoint(format_version=FORMAT_VERSION, config_hash=config_hash(RunConfig()), snapshot=snapshot, pool=(vector, vector + 1))
+    maps = Maps(version=1, contrasts=np.eye(2, 3, dtype=np.float32), basis_of_layer=(0, 0), num_components=1, values=pack_vector(vector, 8))
+    return Checkpoint(
+        format_version=FORMAT_VERSION, config_hash=config_hash(RunConfig()), snapshot=snapshot, pool=(vector, vector + 1), maps=maps
+    )
 
 
 @pytest.fixture
@@ -80,7 +75,7 @@ def versions(updates):
 
 
 def test_a_new_run_has_its_settings_and_an_empty_log(tmp_path):
-    config = RunConfig(seed=5, arm=ArmConfig(queries=3, residual_queries=1))
+    config = RunConfig(seed=5, arm=ArmConfig(queries=3, basis_size=1))
     directory = RunDirectory.create(tmp_path / "a" / "b", config)
     assert directory.config() == config
     assert directory.updates() == directory.repair() == []

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from cooperllm.messages import RandomSlopes
+
 
 def weighted_mean(values: Sequence[Float32[np.ndarray, "k"]], weights: Sequence[int]) -> Float32[np.ndarray, "k"]:
     """Averages vectors over senders, eq. (1).
@@ -56,3 +58,30 @@ def variance_between(
     if num_senders < 2:
         return squares
     return np.maximum(squares - mean.astype(np.float64) ** 2, 0) * (num_senders / (num_senders - 1))
+
+
+def merged(entries: Sequence[RandomSlopes]) -> tuple[RandomSlopes, ...]:
+    """Averages what senders of one group measured along the same random directions, eq. (1).
+
+    Args:
+        entries: Slopes of devices, or of edges that share a group, in any order of groups.
+
+    Returns:
+        One entry per group, in the order of group numbers.
+
+    Example:
+        >>> one = RandomSlopes(group=7, num_examples=1, slopes=np.ones(1, np.float32))
+        >>> [entry.num_examples for entry in merged([one, one])]
+        [2]
+    """
+    groups: dict[int, list[RandomSlopes]] = {}
+    for entry in entries:
+        groups.setdefault(entry.group, []).append(entry)
+    return tuple(
+        RandomSlopes(
+            group=group,
+            num_examples=sum(entry.num_examples for entry in members),
+            slopes=weighted_mean([entry.slopes for entry in members], [entry.num_examples for entry in members]),
+        )
+        for group, members in sorted(groups.items())
+    )

@@ -10,24 +10,15 @@ comparison compares methods and nothing else.
 Dimension key: k columns of the span, P random probes per group, n trainable parameters.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.config import ArmConfig
-from cooperllm.messages import LocalTraining, Plan, Probes, RandomSlopes, RandomTerm
-
-
-class GuideSource(Enum):
-    """What the cloud computes for a round."""
-
-    NOTHING = "nothing"
-    GRADIENT = "gradient"
-    CLASSES = "classes"
+from cooperllm.messages import Feedback, LocalTraining, Packed, Plan, Probes, RandomSlopes, RandomTerm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +31,8 @@ class Measured:
         column_variance: Variance of one device's slope around it, shape [k].
         random_slopes: Slopes per group of devices that share random directions.
         estimate: Mean of the devices' estimates in full, shape [n], or None.
+        agreement: Mean of <g_i, ê_ib> over devices, shape [b].
+        energy: Mean of |ê_ib|² over devices, shape [b].
     """
 
     num_devices: int
@@ -47,6 +40,23 @@ class Measured:
     column_variance: np.ndarray
     random_slopes: tuple[RandomSlopes, ...]
     estimate: Float32[np.ndarray, "n"] | None
+    agreement: Float32[np.ndarray, "b"]
+    energy: Float32[np.ndarray, "b"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Public:
+    """What the cloud's back-propagation says.
+
+    Attributes:
+        span: Orthonormal columns U, shape [k, n].
+        basis: K rows V that random probes are mixed from, each of shape [n].
+        predicted: p_k = <u_k, g_B> of the public gradient, shape [k].
+    """
+
+    span: Float32[np.ndarray, "k n"]
+    basis: Sequence[np.ndarray]
+    predicted: Float32[np.ndarray, "k"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,40 +64,49 @@ class Coordinates:
     """A step before it is applied.
 
     Attributes:
-        columns: One coefficient per column, shape [k].
+        columns: One coefficient per column, shape [k]; none where the span is not used.
         random_terms: Coefficients along random directions.
-        dense: A direction in full, shape [n], or None.
-        observed: Figures worth recording: rho, weight (λ of the cloud's gradient), shrinkage, span_energy, slope_variance.
+        dense: A direction in full, packed, or None.
+        observed: Figures worth recording: rho, weight (λ of the cloud's gradient), shrinkage, span_energy, slope_variance, gain.
     """
 
     columns: Float32[np.ndarray, "k"]
     random_terms: tuple[RandomTerm, ...] = ()
-    dense: Float32[np.ndarray, "n"] | None = None
+    dense: Packed | None = None
     observed: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
-@runtime_checkable
-class Arm(Protocol):
-    """One method, as three choices."""
+class Arm(ABC):
+    """One method, as three choices.
 
-    guide: GuideSource
-    has_momentum: bool
+    Attributes:
+        has_gradient: Whether the cloud back-propagates; its gradient (or a pool of them) gives columns.
+        has_momentum: Whether the server's momentum is the first column, where the queries allow it.
+        has_basis: Whether random probes are mixed from gradients of public examples.
+        has_maps: Whether the cloud fits feedback maps.
+    """
 
-    def probes(self, config: ArmConfig, num_columns: int) -> Probes | None:
-        """Says what a device measures when the span has `num_columns` columns."""
-        ...
+    has_gradient = False
+    has_momentum = False
+    has_basis = False
+    has_maps = False
+
+    def free_queries(self, config: ArmConfig) -> int:
+        """Says how many two-point queries of a device are left for columns and random directions."""
+        return config.queries
+
+    def probes(self, config: ArmConfig, num_columns: int, num_basis: int) -> Probes | None:
+        """Says which slopes a device measures, given the columns of the span and the rows of the basis; none unless an arm says so."""
+        return None
 
     def local_training(self, config: ArmConfig) -> LocalTraining | None:
-        """Says what a device trains by itself, for the bound only."""
-        ...
+        """Says what a device trains by itself: nothing, but for the bound."""
+        return None
 
-    def combine(
-        self,
-        config: ArmConfig,
-        plan: Plan,
-        span: Float32[np.ndarray, "k n"],
-        predicted: Float32[np.ndarray, "k"],
-        measured: Measured,
-    ) -> Coordinates:
+    def feedback(self, config: ArmConfig, maps_version: int, blocks: Sequence[tuple[int, int]]) -> Feedback | None:
+        """Says whether a device estimates its gradient, with which maps, and in which blocks of θ the estimate is measured."""
+        return None
+
+    @abstractmethod
+    def combine(self, config: ArmConfig, plan: Plan, public: Public, measured: Measured) -> Coordinates:
         """Turns the cloud's prediction and the devices' measurements into coordinates of the step."""
-        ...

@@ -15,9 +15,10 @@ References:
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32
 
-from cooperllm.algorithm.arms import Arm, Coordinates, GuideSource, Measured
+from cooperllm.algorithm.arms import Arm, Coordinates, Measured, Public
+from cooperllm.algorithm.compression import EXACT, pack_vector
+from cooperllm.algorithm.feedback_arm import FeedbackArm
 from cooperllm.algorithm.measured import MeasuredArm
 from cooperllm.algorithm.paper import PaperArm
 from cooperllm.config import ArmConfig, ArmName
@@ -25,14 +26,12 @@ from cooperllm.messages import Grouping, LocalTraining, Plan, Probes, RandomTerm
 
 
 @dataclass(frozen=True)
-class PlainZerothOrder:
+class PlainZerothOrder(Arm):
     """Random directions without a guide: eq. (1) or (2), by who shares them."""
 
     grouping: Grouping
-    guide = GuideSource.NOTHING
-    has_momentum = False
 
-    def probes(self, config: ArmConfig, num_columns: int) -> Probes:
+    def probes(self, config: ArmConfig, num_columns: int, num_basis: int) -> Probes:
         """Spends every query on random directions."""
         return Probes(
             measures_columns=False,
@@ -42,18 +41,7 @@ class PlainZerothOrder:
             random_scale=config.random_scale,
         )
 
-    def local_training(self, config: ArmConfig) -> LocalTraining | None:
-        """Devices only run forward passes."""
-        return None
-
-    def combine(
-        self,
-        config: ArmConfig,
-        plan: Plan,
-        span: Float32[np.ndarray, "k n"],
-        predicted: Float32[np.ndarray, "k"],
-        measured: Measured,
-    ) -> Coordinates:
+    def combine(self, config: ArmConfig, plan: Plan, public: Public, measured: Measured) -> Coordinates:
         """Weighs every group's estimate by its examples."""
         total = sum(group.num_examples for group in measured.random_slopes)
         terms = tuple(
@@ -63,56 +51,28 @@ class PlainZerothOrder:
         return Coordinates(columns=np.zeros(0, np.float32), random_terms=terms)
 
 
-class CloudOnly:
+class CloudOnly(Arm):
     """Public data only, eq. (3)."""
 
-    guide = GuideSource.GRADIENT
-    has_momentum = False
+    has_gradient = True
 
-    def probes(self, config: ArmConfig, num_columns: int) -> Probes | None:
-        """Asks no device."""
-        return None
-
-    def local_training(self, config: ArmConfig) -> LocalTraining | None:
-        """Asks no device."""
-        return None
-
-    def combine(
-        self,
-        config: ArmConfig,
-        plan: Plan,
-        span: Float32[np.ndarray, "k n"],
-        predicted: Float32[np.ndarray, "k"],
-        measured: Measured,
-    ) -> Coordinates:
+    def combine(self, config: ArmConfig, plan: Plan, public: Public, measured: Measured) -> Coordinates:
         """Steps along the decoded public gradient."""
-        return Coordinates(columns=predicted)
+        return Coordinates(columns=public.predicted)
 
 
-class FederatedAveraging:
+class FederatedAveraging(Arm):
     """Back-propagation on private data, eq. (4): what no small device can afford, and no forward-only method can exceed by much."""
-
-    guide = GuideSource.NOTHING
-    has_momentum = False
-
-    def probes(self, config: ArmConfig, num_columns: int) -> Probes | None:
-        """Measures no slopes."""
-        return None
 
     def local_training(self, config: ArmConfig) -> LocalTraining:
         """Trains locally."""
         return LocalTraining(num_steps=config.local_steps, learning_rate=config.local_learning_rate)
 
-    def combine(
-        self,
-        config: ArmConfig,
-        plan: Plan,
-        span: Float32[np.ndarray, "k n"],
-        predicted: Float32[np.ndarray, "k"],
-        measured: Measured,
-    ) -> Coordinates:
+    def combine(self, config: ArmConfig, plan: Plan, public: Public, measured: Measured) -> Coordinates:
         """Hands the mean of the devices' changes to the server's optimiser."""
-        return Coordinates(columns=np.zeros(0, np.float32), dense=measured.estimate)
+        return Coordinates(
+            columns=np.zeros(0, np.float32), dense=None if measured.estimate is None else pack_vector(measured.estimate, EXACT)
+        )
 
 
 def arm(name: ArmName) -> Arm:
@@ -125,10 +85,11 @@ def arm(name: ArmName) -> Arm:
         Its three choices.
 
     Example:
-        >>> arm(ArmName.CLOUD_ONLY).guide
-        <GuideSource.GRADIENT: 'gradient'>
+        >>> arm(ArmName.CLOUD_ONLY).has_gradient
+        True
     """
     arms: dict[ArmName, Arm] = {
+        ArmName.FEEDBACK: FeedbackArm(),
         ArmName.MEASURED: MeasuredArm(),
         ArmName.PAPER: PaperArm(),
         ArmName.MEZO_FL: PlainZerothOrder(Grouping.DEVICE),

@@ -11,16 +11,24 @@ Dimension key: k columns, n trainable parameters.
 """
 
 import struct
+from collections.abc import Sequence
+from copy import copy
+from typing import overload
 
 import numpy as np
 from jaxtyping import Float32, Int16
 
 from cooperllm.errors import ConfigError, DecodeError
+from cooperllm.messages import Packed
 
 BLOCK = 256
 MAX_COLUMNS = 1024
 HEADER = struct.Struct("<2sBBIQ")
-SUPPORTED_BITS = (4, 8, 32)
+LARGEST = 1e30
+"""Entries of a vector beyond this are refused: whoever folds vectors must be able to send the mean on."""
+
+EXACT = 32
+SUPPORTED_BITS = (4, 8, EXACT)
 
 
 def pack(columns: Float32[np.ndarray, "k n"], bits: int) -> bytes:
@@ -48,7 +56,7 @@ def pack(columns: Float32[np.ndarray, "k n"], bits: int) -> bytes:
     for column in columns:
         largest = np.abs(column).max(initial=0)
         unit = column / largest if largest > 0 else column
-        parts.append(unit.astype("<f4").tobytes() if bits == 32 else _quantise(unit, bits))
+        parts.append(unit.astype("<f4").tobytes() if bits == EXACT else _quantise(unit, bits))
     return b"".join(parts)
 
 
@@ -69,21 +77,97 @@ def unpack(payload: bytes, size: int) -> Float32[np.ndarray, "k n"]:
         >>> unpack(pack(np.array([[2.0, -1.0]], np.float32), 32), 2)
         array([[ 1. , -0.5]], dtype=float32)
     """
-    if len(payload) < HEADER.size:
-        raise DecodeError(f"guide: {len(payload)} bytes found, at least {HEADER.size} expected")
-    magic, version, bits, num_columns, found = HEADER.unpack_from(payload)
-    if (magic, version) != (b"CG", 1) or bits not in SUPPORTED_BITS or num_columns > MAX_COLUMNS:
-        raise DecodeError(f"guide: header {payload[: HEADER.size].hex()} is not one of this version")
-    if found != size:
-        raise DecodeError(f"guide: columns of length {found} found, the model has {size} trainable parameters")
-    if len(payload) != packed_bytes(num_columns, size, bits):
-        raise DecodeError(f"guide: {len(payload)} bytes found, {packed_bytes(num_columns, size, bits)} expected")
-    width = (len(payload) - HEADER.size) // num_columns if num_columns else 0
-    starts = range(HEADER.size, len(payload), width) if num_columns else range(0)
-    columns = [_decode_column(payload[start : start + width], size, bits) for start in starts]
-    if not all(np.isfinite(column).all() for column in columns):
-        raise DecodeError("guide: a non-finite entry found")
-    return np.stack(columns) if columns else np.zeros((0, size), np.float32)
+    rows = Rows(payload, size)
+    return np.stack(list(rows)) if len(rows) else np.zeros((0, size), np.float32)
+
+
+class Rows(Sequence[np.ndarray]):
+    """Packed columns that are decoded one at a time: a device never holds them all.
+
+    Example:
+        >>> rows = Rows(pack(np.ones((3, 2), np.float32), 8), 2)
+        >>> len(rows), len(rows[1:]), rows[2]
+        (3, 2, array([1., 1.], dtype=float32))
+    """
+
+    def __init__(self, payload: bytes, size: int) -> None:
+        """Checks the header against the payload's length; see `unpack`."""
+        if len(payload) < HEADER.size:
+            raise DecodeError(f"guide: {len(payload)} bytes found, at least {HEADER.size} expected")
+        magic, version, bits, num_columns, found = HEADER.unpack_from(payload)
+        if (magic, version) != (b"CG", 1) or bits not in SUPPORTED_BITS or num_columns > MAX_COLUMNS:
+            raise DecodeError(f"guide: header {payload[: HEADER.size].hex()} is not one of this version")
+        if found != size:
+            raise DecodeError(f"guide: columns of length {found} found, the model has {size} trainable parameters")
+        if len(payload) != packed_bytes(num_columns, size, bits):
+            raise DecodeError(f"guide: {len(payload)} bytes found, {packed_bytes(num_columns, size, bits)} expected")
+        self._payload, self._size, self._bits = payload, size, bits
+        self._chosen = range(num_columns)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
+    def __getitem__(self, index: int | slice) -> "np.ndarray | Rows":
+        if isinstance(index, slice):
+            part = copy(self)
+            part._chosen = self._chosen[index]
+            return part
+        width = packed_bytes(1, self._size, self._bits) - HEADER.size
+        start = HEADER.size + self._chosen[index] * width
+        column = _decode_column(self._payload[start : start + width], self._size, self._bits)
+        if not np.isfinite(column).all():
+            raise DecodeError("guide: a non-finite entry found")
+        return column
+
+
+def pack_vector(vector: Float32[np.ndarray, "n"], bits: int) -> Packed:
+    """Encodes one vector with its length, eq. (1).
+
+    Args:
+        vector: Shape [n].
+        bits: 4, 8 or 32.
+
+    Returns:
+        The packed vector; a vector with a non-finite entry becomes one that `unpack_vector` refuses.
+
+    Raises:
+        ConfigError: If `bits` is not supported.
+
+    Example:
+        >>> unpack_vector(pack_vector(np.array([2.0, -4.0], np.float32), 32), 2)
+        array([ 2., -4.], dtype=float32)
+    """
+    return Packed(scale=float(np.abs(vector).max(initial=0)), payload=pack(vector[None], bits))
+
+
+def unpack_vector(packed: Packed, size: int) -> Float32[np.ndarray, "n"]:
+    """Decodes one vector.
+
+    Args:
+        packed: Output of `pack_vector`, possibly damaged or hostile.
+        size: n that the receiver expects.
+
+    Returns:
+        The vector up to the codec's error, shape [n].
+
+    Raises:
+        DecodeError: If it is not one packed vector of n entries, none above `LARGEST`.
+
+    Example:
+        See `pack_vector`.
+    """
+    columns = unpack(packed.payload, size)
+    if len(columns) != 1:
+        raise DecodeError(f"vector: {len(columns)} columns found, 1 expected")
+    with np.errstate(over="ignore"):
+        vector = columns[0] * np.float32(packed.scale)
+    if np.abs(vector).max(initial=0) > LARGEST:
+        raise DecodeError(f"vector: an entry above {LARGEST:g} found")
+    return vector
 
 
 def packed_bytes(num_columns: int, size: int, bits: int) -> int:
@@ -101,7 +185,7 @@ def packed_bytes(num_columns: int, size: int, bits: int) -> int:
         >>> packed_bytes(1, 512, 8)
         532
     """
-    per_column = 4 * size if bits == 32 else 2 * -(-size // BLOCK) + -(-size * bits // 8)
+    per_column = 4 * size if bits == EXACT else 2 * -(-size // BLOCK) + -(-size * bits // 8)
     return HEADER.size + num_columns * per_column
 
 
@@ -120,7 +204,7 @@ def _quantise(unit: Float32[np.ndarray, "n"], bits: int) -> bytes:
 
 
 def _decode_column(data: bytes, size: int, bits: int) -> Float32[np.ndarray, "n"]:
-    if bits == 32:
+    if bits == EXACT:
         return np.frombuffer(data, "<f4").astype(np.float32)
     num_blocks = -(-size // BLOCK)
     scales = np.frombuffer(data, "<f2", num_blocks)

@@ -14,12 +14,13 @@ References:
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
 from cooperllm.algorithm import noise
+from cooperllm.messages import Probes, probe_indices
 
 DEPENDENT = 1e-4
 """A column of which less than this share of its length is new adds no direction, only rounding errors."""
@@ -55,6 +56,65 @@ def orthonormalise(columns: Iterable[Float32[np.ndarray, "n"]], size: int) -> Fl
         if new > DEPENDENT:
             rows.append(rest / np.float32(new))
     return np.stack(rows) if rows else np.zeros((0, size), np.float32)
+
+
+def random_directions(
+    seed: int, group: int, probes: Probes, guided: Sequence[np.ndarray], size: int
+) -> Iterator[Float32[np.ndarray, "_n"]]:
+    """Yields the random directions of one group: what its devices probe, and what the cloud rebuilds.
+
+    Args:
+        seed: The round's seed.
+        group: Whose directions.
+        probes: How many, and whether they are isotropic, blended or mixed from a basis.
+        guided: Rows that guided directions are made of, each of shape [n].
+        size: n.
+
+    Returns:
+        Directions, each of shape [n].
+
+    Example:
+        >>> from cooperllm.messages import Grouping
+        >>> probes = Probes(measures_columns=False, num_random=2, grouping=Grouping.DEVICE, column_scale=1.0, random_scale=1.0, blend=0.0)
+        >>> [abs(direction).round(3).tolist() for direction in random_directions(7, 0, probes, list(np.eye(2, dtype=np.float32)), 2)]
+        [[0.707, 0.707], [0.707, 0.707]]
+    """
+    indices = probe_indices(group, probes.num_random)
+    if probes.blend is None:
+        return (noise.gaussian(seed, index, size) for index in indices)
+    if probes.blend == 0:
+        return iter(mixtures(seed, group, probes.num_random, guided))
+    span = np.stack(list(guided)) if len(guided) else np.zeros((0, size), np.float32)
+    return guided_perturbations(span, seed, indices, group, probes.blend, probes.blend_scale)
+
+
+def mixtures(seed: int, group: int, count: int, basis: Sequence[np.ndarray]) -> list[Float32[np.ndarray, "_n"]]:
+    """Mixes random directions from a basis, z = V r / √K with Rademacher r: one row of the basis is decoded at a time.
+
+    Args:
+        seed: The round's seed.
+        group: Whose directions.
+        count: How many.
+        basis: K rows of any length, each of shape [n]; they count as unit vectors.
+
+    Returns:
+        Directions, each of shape [n] and, with an orthogonal basis, of length 1.
+
+    Example:
+        >>> mixtures(7, 0, 1, [])
+        []
+    """
+    num_rows = len(basis)
+    if not num_rows:
+        return []
+    drawn = [signs(seed, group, position, num_rows) for position in range(count)]
+    mixed = [np.zeros_like(basis[0]) for _ in range(count)]
+    for position, row in enumerate(basis):
+        length = math.sqrt(dot(row, row) * num_rows)
+        unit = row / np.float32(length) if length > 0 else row
+        for direction, sign in zip(mixed, drawn, strict=True):
+            direction += sign[position] * unit
+    return mixed
 
 
 def guided_perturbations(
@@ -159,6 +219,22 @@ def digest(*arrays: np.ndarray) -> bytes:
     Example:
         >>> digest(np.zeros(2, np.float32)) == digest(-np.zeros(2, np.float32))
         False
+    """
+    return digest_of(arrays)
+
+
+def digest_of(arrays: Iterable[np.ndarray]) -> bytes:
+    """Names the exact bits of arrays that need not be in memory at once; see `digest`.
+
+    Args:
+        arrays: Arrays, read once.
+
+    Returns:
+        16 bytes.
+
+    Example:
+        >>> digest_of(iter([np.ones(1)])) == digest(np.ones(1))
+        True
     """
     state = hashlib.blake2b(digest_size=16)
     for array in arrays:

@@ -1,115 +1,132 @@
-"""The default arm: the cloud supplies a span, the devices supply the coefficients.
+"""The scalar arm: the cloud supplies directions, the devices supply nothing but slopes along them.
 
     c_k  = mean_i g_i(u_k)                                                  (1)  slopes of all devices i along common columns
-    r_gj = g_g(z_gj) - Σ_k c_k <u_k, z_gj>                                  (2)  what a random probe saw outside the span
-    d    = Σ_k ( (1-λ) c_k + λ p_k ) u_k                                     (3)  step direction: measured and predicted slopes,
-         + w Σ_gj (1/P) r_gj (z_gj - U Uᵀ z_gj),  w = P/(P+r)                and what P random probes add
-    ρ    = Σ_k c_k p_k / Σ_k p_k²,   p_k = <u_k, g_B>                        (4)  how far public gradients foretell private slopes
+    z_gj = V r_gj / √K,   r_gj Rademacher                                   (2)  random probes inside the basis V of the guide
+    s_gj = g_g(z_gj) - <ĝ_0, z_gj> - Σ_k c_k <u_k, z_gj>                    (3)  what a probe saw beyond prior and columns
+    d    = ĝ_0 + Σ_k ( (1-λ) c_k + λ p_k ) u_k                               (4)  step direction: measured and predicted slopes,
+         + w K Σ_gj (1/P) s_gj (z_gj - U Uᵀ z_gj),  w = P/(P+K)              and what P random probes add
+    ρ    = Σ_k c_k p_k / Σ_k p_k²,   p_k = <u_k, g_B>                        (5)  how far public gradients foretell private slopes
 
-A single public direction traps a run under shift: it stops where public and private gradients are at right angles. Here public data
-only say *where* to measure: gradients of each class (or of groups of classes, when there are more than the budget allows), complete over
-labels, and the server's momentum, which costs no byte since every replica holds it. The random probes may start before the guide has
-arrived, because (2) removes what they saw inside the span afterwards. λ is the paper's constant weight on the cloud's own gradient; a
-cloud that lacks a class would unlearn it, so its λ is 0 and it only supplies directions (`cloud.state`).
+A single public direction traps a run under shift: it stops where public and private gradients are at right angles. The directions here are
+wider. Columns: the server's momentum, which costs no byte since every replica holds it, and the public gradient. Basis: gradients of single
+public examples under labels drawn at random (`cloud.guide`), so it is where gradients of such texts lie, whatever the labels say and
+whichever class is missing. Inside it P probes see P of K dimensions instead of P of n: K E[z zᵀ] is the projector onto V, and the best
+multiple of the estimate is P/(P+K). What public texts do not reach at all is left to isotropic probes z ~ N(0, I), which take the place of
+(2) in every other round, with the effective rank r of the landscape in the place of K and 1 in the place of the factor K in (4).
 
-Dimension key: k columns, P random probes in all groups together, n trainable parameters.
+Random probes may start before the guide has arrived, because (3) removes what they saw inside the span afterwards. λ is the paper's
+constant weight on the cloud's own gradient. A cloud that lacks a class sends no directions at all (`cloud.state`): they would be worse than
+none. The prior ĝ_0 is 0 here; the feedback arm has a better one.
+
+Dimension key: k columns, K rows of the basis, P random probes in all groups together, n trainable parameters.
 
 References:
     Sun et al., 2026, CooperLLM, arXiv:2601.12917 (rectified gradient).
-    Maheswaranathan et al., 2018, Guided evolutionary strategies, arXiv:1806.10230.
+    Maheswaranathan et al., 2018, Guided evolutionary strategies, arXiv:1806.10230, Eq. (3).
     Cheng et al., 2019, Improving black-box adversarial attacks with a transfer-based prior (P-RGF), arXiv:1906.06919.
 """
 
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm import noise
-from cooperllm.algorithm.arms import Coordinates, GuideSource, Measured
-from cooperllm.algorithm.guidance import dot
+from cooperllm.algorithm.arms import Arm, Coordinates, Measured, Public
+from cooperllm.algorithm.compression import pack_vector
+from cooperllm.algorithm.guidance import dot, random_directions
 from cooperllm.config import ArmConfig
-from cooperllm.messages import Grouping, LocalTraining, Plan, Probes, RandomTerm, probe_indices
+from cooperllm.messages import Grouping, Plan, Probes
 
 
-class MeasuredArm:
+class MeasuredArm(Arm):
     """Common columns measured on every device, random probes beside them."""
 
-    guide = GuideSource.CLASSES
+    has_gradient = True
     has_momentum = True
+    has_basis = True
 
-    def probes(self, config: ArmConfig, num_columns: int) -> Probes:
+    def probes(self, config: ArmConfig, num_columns: int, num_basis: int) -> Probes:
         """Splits the query budget: one query per column, the rest for random directions."""
         return Probes(
             measures_columns=True,
-            num_random=max(0, config.queries - num_columns),
+            num_random=max(0, self.free_queries(config) - num_columns),
             grouping=Grouping.DEVICE,
             column_scale=config.column_scale,
-            random_scale=config.random_scale,
+            random_scale=config.column_scale if num_basis else config.random_scale,
+            blend=0.0 if num_basis else None,
         )
 
-    def local_training(self, config: ArmConfig) -> LocalTraining | None:
-        """Devices only run forward passes."""
-        return None
-
-    def combine(
-        self,
-        config: ArmConfig,
-        plan: Plan,
-        span: Float32[np.ndarray, "k n"],
-        predicted: Float32[np.ndarray, "k"],
-        measured: Measured,
-    ) -> Coordinates:
-        """Applies eq. (2)-(4)."""
-        slopes = measured.column_slopes
-        columns = (1 - config.public_weight) * slopes.astype(np.float64) + config.public_weight * predicted
-        num_probes = sum(len(group.slopes) for group in measured.random_slopes)
-        num_examples = sum(group.num_examples for group in measured.random_slopes)
-        weight = shrinkage(num_probes, config.effective_rank)
-        terms: list[RandomTerm] = []
-        outside = 0.0
-        for group in measured.random_slopes:
-            share = group.num_examples / num_examples
-            coefficients = np.zeros(len(group.slopes), np.float32)
-            for position, index in enumerate(probe_indices(group.group, len(group.slopes))):
-                inside = _inside(span, noise.gaussian(plan.seed, index, span.shape[1]))
-                rest = float(group.slopes[position] - slopes.astype(np.float64) @ inside)
-                outside += rest**2 / num_probes
-                coefficients[position] = weight * share * rest / len(group.slopes)
-                columns -= np.float64(coefficients[position]) * inside
-            terms.append(RandomTerm(group=group.group, coefficients=coefficients))
-        energy = float(slopes.astype(np.float64) @ slopes)
-        observed = {
-            "rho": regression_slope(predicted, slopes),
-            "weight": config.public_weight,
-            "shrinkage": weight,
-            "slope_variance": float(measured.column_variance.mean()) if len(slopes) else 0.0,
-        }
-        if num_probes and energy + outside > 0:
-            observed["span_energy"] = energy / (energy + outside)
-        return Coordinates(columns=columns.astype(np.float32), random_terms=tuple(terms), observed=observed)
+    def combine(self, config: ArmConfig, plan: Plan, public: Public, measured: Measured) -> Coordinates:
+        """Applies eq. (4) without a prior."""
+        nothing = np.zeros(public.span.shape[1], np.float32)
+        direction, observed = corrected(config, plan, public, measured, nothing)
+        return Coordinates(columns=np.zeros(0, np.float32), dense=pack_vector(direction, config.estimate_bits), observed=observed)
 
 
-def shrinkage(num_probes: int, effective_rank: float) -> float:
-    """Gives the weight w of the random part, eq. (3).
+def corrected(
+    config: ArmConfig, plan: Plan, public: Public, measured: Measured, prior: Float32[np.ndarray, "n"]
+) -> tuple[Float32[np.ndarray, "n"], dict[str, float]]:
+    """Corrects a prior estimate by what slopes say beyond it, eq. (3)-(5).
 
-    P probes see P directions of an r-dimensional landscape; the best multiple of their estimate is P/(P+r), for a Hessian of
-    effective rank r (of n when it is isotropic).
+    Args:
+        config: Weight λ.
+        plan: Names the round's random directions.
+        public: Span, basis and prediction of the cloud.
+        measured: What the devices measured.
+        prior: ĝ_0, what is known of the gradient before any slope, shape [n].
+
+    Returns:
+        (d [n], figures worth recording).
+
+    Example:
+        See tests/unit/test_arms.py, which writes the equation out.
+    """
+    assert plan.probes is not None, "a round of this arm measures slopes"
+    span, predicted = public.span, public.predicted
+    slopes = measured.column_slopes - inside(span, prior)
+    num_probes = sum(len(group.slopes) for group in measured.random_slopes)
+    num_examples = sum(group.num_examples for group in measured.random_slopes)
+    num_rows = len(public.basis)
+    shrunk = shrinkage(num_probes, num_rows or config.effective_rank)
+    total, outside = prior.copy(), 0.0
+    for group in measured.random_slopes:
+        share = shrunk * (num_rows or 1) * group.num_examples / num_examples / len(group.slopes)
+        directions = random_directions(plan.seed, group.group, plan.probes, public.basis, len(prior))
+        for slope, direction in zip(group.slopes, directions, strict=True):
+            seen = inside(span, direction)
+            rest = float(slope) - dot(prior, direction) - float(slopes @ seen)
+            outside += rest**2 / num_probes
+            total += np.float32(share * rest) * (direction - seen @ span)
+    total += ((1 - np.float32(config.public_weight)) * slopes + np.float32(config.public_weight) * predicted) @ span
+    energy = float(slopes.astype(np.float64) @ slopes)
+    observed = {
+        "rho": regression_slope(predicted, slopes),
+        "weight": config.public_weight if len(slopes) else 0.0,
+        "shrinkage": shrunk,
+        "slope_variance": float(measured.column_variance.mean()) if len(slopes) else 0.0,
+    }
+    if num_probes and energy + outside > 0:
+        observed["span_energy"] = energy / (energy + (num_rows or 1) * outside)
+    return total, observed
+
+
+def shrinkage(num_probes: int, dimension: float) -> float:
+    """Gives the weight w of the random part, eq. (4).
 
     Args:
         num_probes: P >= 0.
-        effective_rank: r >= 0.
+        dimension: Rows K of the basis, or effective rank r without one, >= 0.
 
     Returns:
-        In [0, 1]; 0 without probes.
+        P/(P+K), in [0, 1]; 0 without probes.
 
     Example:
-        >>> shrinkage(20, 180.0)
+        >>> shrinkage(20, 180)
         0.1
     """
-    return num_probes / (num_probes + effective_rank) if num_probes else 0.0
+    return num_probes / (num_probes + dimension) if num_probes else 0.0
 
 
 def regression_slope(predicted: Float32[np.ndarray, "k"], measured: Float32[np.ndarray, "k"]) -> float:
-    """Tells how far predictions of the cloud hold on the devices, eq. (4).
+    """Tells how far predictions of the cloud hold on the devices, eq. (5).
 
     Args:
         predicted: <u_k, g_B> of the cloud's gradient, shape [k].
@@ -126,5 +143,18 @@ def regression_slope(predicted: Float32[np.ndarray, "k"], measured: Float32[np.n
     return float(predicted.astype(np.float64) @ measured) / norm if norm > 0 else 0.0
 
 
-def _inside(span: Float32[np.ndarray, "k n"], direction: Float32[np.ndarray, "n"]) -> np.ndarray:
-    return np.array([dot(column, direction) for column in span], np.float64)
+def inside(span: Float32[np.ndarray, "k n"], direction: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, "k"]:
+    """Gives the coordinates of a vector along orthonormal columns.
+
+    Args:
+        span: U, shape [k, n].
+        direction: Shape [n].
+
+    Returns:
+        Uᵀ direction, shape [k].
+
+    Example:
+        >>> inside(np.eye(1, 2, dtype=np.float32), np.array([3.0, 4.0], np.float32))
+        array([3.], dtype=float32)
+    """
+    return np.array([dot(column, direction) for column in span], np.float32)

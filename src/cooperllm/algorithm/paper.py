@@ -21,20 +21,19 @@ References:
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm.arms import Coordinates, GuideSource, Measured
+from cooperllm.algorithm.arms import Arm, Coordinates, Measured, Public
 from cooperllm.algorithm.guidance import blend_weights, signs
 from cooperllm.algorithm.measured import regression_slope
 from cooperllm.config import ArmConfig, Rectification
-from cooperllm.messages import Grouping, LocalTraining, Plan, Probes, RandomTerm
+from cooperllm.messages import Grouping, Plan, Probes, RandomTerm
 
 
-class PaperArm:
+class PaperArm(Arm):
     """Guided perturbations around the newest public gradients."""
 
-    guide = GuideSource.GRADIENT
-    has_momentum = False
+    has_gradient = True
 
-    def probes(self, config: ArmConfig, num_columns: int) -> Probes:
+    def probes(self, config: ArmConfig, num_columns: int, num_basis: int) -> Probes:
         """Spends every query on guided perturbations of the device's own."""
         return Probes(
             measures_columns=False,
@@ -46,20 +45,10 @@ class PaperArm:
             blend_scale=config.blend_scale,
         )
 
-    def local_training(self, config: ArmConfig) -> LocalTraining | None:
-        """Devices only run forward passes."""
-        return None
-
-    def combine(
-        self,
-        config: ArmConfig,
-        plan: Plan,
-        span: Float32[np.ndarray, "k n"],
-        predicted: Float32[np.ndarray, "k"],
-        measured: Measured,
-    ) -> Coordinates:
+    def combine(self, config: ArmConfig, plan: Plan, public: Public, measured: Measured) -> Coordinates:
         """Applies eq. (2)-(4)."""
-        num_columns, size = span.shape
+        predicted = public.predicted
+        num_columns, size = public.span.shape
         isotropic, guided = blend_weights(num_columns, size, config.blend, config.blend_scale)
         scale = isotropic**2 + guided**2
         num_examples = sum(group.num_examples for group in measured.random_slopes)

@@ -16,6 +16,7 @@ References:
     Zelikman et al., 2023, Just one byte (per gradient), arXiv:2306.10015: a run as seeds and scalars.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from cooperllm.algorithm.guidance import digest, orthonormalise
 from cooperllm.algorithm.zeroth_order import weighted_sum
 from cooperllm.config import OptimizerConfig, OptimizerKind
 from cooperllm.errors import DecodeError, ReplayMismatchError
-from cooperllm.messages import Guide, GuideKind, Snapshot, Update, probe_indices
+from cooperllm.messages import Guide, Snapshot, Update, probe_indices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +106,7 @@ def span(replica: Replica, guide: Guide | None) -> Float32[np.ndarray, "k n"]:
         Orthonormal rows, shape [k, n]; k = 0 without a guide.
 
     Raises:
-        DecodeError: If the guide is malformed or of a kind this version does not know.
+        DecodeError: If the guide is malformed.
 
     Example:
         >>> span(start(np.zeros(3, np.float32), OptimizerConfig()), None).shape
@@ -114,10 +115,28 @@ def span(replica: Replica, guide: Guide | None) -> Float32[np.ndarray, "k n"]:
     size = len(replica.theta)
     if guide is None:
         return np.zeros((0, size), np.float32)
-    if guide.kind is not GuideKind.DIRECTIONS:
-        raise DecodeError(f"guide: kind {guide.kind.value!r} found, this version knows 'directions'")
     momentum = [replica.moments[0]] if guide.has_momentum else []
-    return orthonormalise([*momentum, *compression.unpack(guide.payload, size)], size)
+    return orthonormalise([*momentum, *compression.Rows(guide.payload, size)[: guide.num_columns]], size)
+
+
+def probe_basis(guide: Guide | None, size: int) -> Sequence[np.ndarray]:
+    """Gives the directions that random probes are mixed from, decoded when they are asked for.
+
+    Args:
+        guide: Packed guide, or None.
+        size: n.
+
+    Returns:
+        K rows of shape [n], at right angles and of equal length up to the codec's error and scale.
+
+    Raises:
+        DecodeError: If the guide is malformed.
+
+    Example:
+        >>> len(probe_basis(None, 3))
+        0
+    """
+    return [] if guide is None else compression.Rows(guide.payload, size)[guide.num_columns :]
 
 
 def direction(replica: Replica, update: Update, columns: Float32[np.ndarray, "k n"]) -> Float32[np.ndarray, "n"]:
@@ -154,9 +173,7 @@ def direction(replica: Replica, update: Update, columns: Float32[np.ndarray, "k 
         if len(term.coefficients):
             total += weighted_sum(term.coefficients, (noise.gaussian(update.seed, index, size) for index in indices))
     if update.dense is not None:
-        if len(update.dense) != size:
-            raise DecodeError(f"update: a dense direction of length {len(update.dense)} found, {size} expected")
-        total += update.dense
+        total += compression.unpack_vector(update.dense, size)
     return total
 
 

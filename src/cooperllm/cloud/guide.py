@@ -1,12 +1,12 @@
 """Back-propagation on public data, and what it is turned into.
 
     g_B = ∇ mean_i ℓ(x_i, y_i)                                              (1)  the public gradient
-    c_b = ∇ mean_{i: y_i in b} ℓ(x_i, y_i)                                  (2)  one column per bucket b of classes
+    V   = orthonormal basis of { ∇ ℓ(x_i, ỹ_i) },   ỹ_i drawn evenly        (2)  where gradients of single examples lie
 
-When the budget has room for every class, a bucket is a class; otherwise classes are dealt to buckets anew each round. A class without a
-public example in the batch lends its label to all of them: which way its score rises does not depend on having seen it.
+The labels in (2) are drawn, not read: (1) is the cloud's opinion of its own texts, (2) has none. It says in which directions scores of
+such texts can be moved at all, and a class that public data lack has its share of it.
 
-Dimension key: B public examples, C classes, k columns, n trainable parameters.
+Dimension key: B public examples, C classes, K rows of the basis, n trainable parameters.
 """
 
 from collections import deque
@@ -18,7 +18,18 @@ import torch
 from jaxtyping import Float32, Int64
 
 from cooperllm.algorithm import noise
-from cooperllm.algorithm.arms import GuideSource
+
+PUBLIC_BATCH = 1 << 61
+"""Noise index that chooses the public batch of a round."""
+
+BASIS_EXAMPLES = PUBLIC_BATCH + 1
+"""Noise index that chooses the examples of a basis."""
+
+BASIS_LABELS = PUBLIC_BATCH + 2
+"""Noise index that draws their labels."""
+
+DEPENDENT = 1e-6
+"""Directions with less than this share of the largest eigenvalue are left out of a basis."""
 
 
 @runtime_checkable
@@ -37,7 +48,7 @@ class DifferentiableModel(Protocol):
 
 
 class GuideMaker:
-    """Makes a round's columns from public examples.
+    """Makes a round's directions from public examples.
 
     Attributes:
         pool_size: Public gradients kept for the paper's arm, newest first.
@@ -55,69 +66,54 @@ class GuideMaker:
         """Whether the public data hold an example of each class."""
         return len(np.unique(self._public.labels)) == self._model.num_classes
 
-    def columns(
-        self, source: GuideSource, theta: Float32[np.ndarray, "n"], seed: int, num_columns: int
-    ) -> tuple[Float32[np.ndarray, "k n"], Float32[np.ndarray, "n"], float]:
-        """Computes the columns of a guide.
+    def gradient(self, theta: Float32[np.ndarray, "n"], seed: int) -> tuple[Float32[np.ndarray, "n"], float]:
+        """Computes the public gradient, eq. (1), and puts it at the head of the pool.
 
         Args:
-            source: A gradient (with the pool behind it), or columns by class.
             theta: Current θ, not modified.
             seed: The round's seed.
-            num_columns: Room for columns by class, >= 1.
 
         Returns:
-            (columns [k, n] of any length, public gradient g_B [n], public loss).
+            (g_B [n], public loss).
         """
-        point = torch.from_numpy(theta.copy()).requires_grad_()
         chosen = noise.permutation(seed, PUBLIC_BATCH, len(self._public))[: self._batch_size]
-        if source is GuideSource.GRADIENT:
-            gradient, loss = self._gradient(point, chosen, None)
-            self._pool.appendleft(gradient)
-            return np.stack(self._pool), gradient, loss
-        labels = self._public.labels[chosen]
-        columns: list[np.ndarray] = []
-        mean, mean_loss = np.zeros_like(theta), 0.0
-        for bucket in _buckets(self._model.num_classes, num_columns, seed):
-            belongs = np.isin(labels, bucket)
-            if belongs.any():
-                share = np.float32(belongs.mean())
-                column, loss = self._gradient(point, chosen[belongs], None)
-                mean, mean_loss = mean + share * column, mean_loss + float(share) * loss
-            else:
-                column, _ = self._gradient(point, chosen, bucket)
-            columns.append(column)
-        return np.stack(columns), mean, mean_loss
+        gradient, loss = self._gradient(theta, chosen, self._public.labels[chosen])
+        self._pool.appendleft(gradient)
+        return gradient, loss
 
-    def _gradient(
-        self, point: torch.Tensor, chosen: Int64[np.ndarray, "_B"], lent: list[int] | None
-    ) -> tuple[Float32[np.ndarray, "_n"], float]:
-        """Gradient and loss over public examples, with their own labels or with each of the lent ones."""
-        batch = self._model.batch(self._public, chosen.tolist())
-        log_likelihoods = torch.log_softmax(self._model.scores(point, batch).float(), dim=1)
-        own = log_likelihoods.gather(1, batch.labels[:, None])
-        loss = -(own if lent is None else log_likelihoods[:, lent]).mean()
-        (gradient,) = torch.autograd.grad(loss, point)
-        return gradient.numpy(), float(loss.detach())
+    def basis(self, theta: Float32[np.ndarray, "n"], seed: int, num_examples: int) -> Float32[np.ndarray, "K n"]:
+        """Finds where gradients of this task lie at all, eq. (2): the directions that random probes are mixed from.
 
-    def state(self) -> tuple[Float32[np.ndarray, "n"], ...]:
-        """Returns the pool, newest first, for a checkpoint."""
+        Args:
+            theta: Current θ, not modified.
+            seed: The round's seed.
+            num_examples: Public examples used.
+
+        Returns:
+            Orthonormal rows, shape [K, n], K <= num_examples.
+        """
+        chosen = noise.permutation(seed, BASIS_EXAMPLES, len(self._public))[:num_examples]
+        drawn = noise.bits(seed, BASIS_LABELS, len(chosen), stream=noise.Stream.CHOICE) % np.uint64(self._model.num_classes)
+        gradients = [self._gradient(theta, chosen[i : i + 1], drawn[i : i + 1].astype(np.int64))[0] for i in range(len(chosen))]
+        rows = np.stack([gradient / max(float(np.linalg.norm(gradient)), 1e-30) for gradient in gradients]).astype(np.float64)
+        values, vectors = np.linalg.eigh(rows @ rows.T)
+        is_new = values > DEPENDENT * values.max(initial=0)
+        return ((vectors[:, is_new] / np.sqrt(values[is_new])).T @ rows)[::-1].astype(np.float32)
+
+    def pool(self) -> tuple[Float32[np.ndarray, "n"], ...]:
+        """Returns the pool, newest first."""
         return tuple(self._pool)
 
     def restore(self, pool: Sequence[Float32[np.ndarray, "n"]]) -> None:
         """Takes a pool back from a checkpoint."""
         self._pool = deque(pool, maxlen=self.pool_size)
 
-
-PUBLIC_BATCH = 1 << 61
-"""Noise index that chooses the public batch of a round."""
-
-BUCKETS = PUBLIC_BATCH + 1
-"""Noise index that deals classes to buckets."""
-
-
-def _buckets(num_classes: int, room: int, seed: int) -> list[list[int]]:
-    if num_classes <= room:
-        return [[label] for label in range(num_classes)]
-    dealt = noise.permutation(seed, BUCKETS, num_classes).tolist()
-    return [dealt[start::room] for start in range(room)]
+    def _gradient(
+        self, theta: Float32[np.ndarray, "n"], chosen: Int64[np.ndarray, "_B"], labels: Int64[np.ndarray, "_B"]
+    ) -> tuple[Float32[np.ndarray, "n"], float]:
+        """Gradient and loss over public examples with the labels given."""
+        point = torch.from_numpy(theta.copy()).requires_grad_()
+        scores = self._model.scores(point, self._model.batch(self._public, chosen.tolist())).float()
+        loss = torch.nn.functional.cross_entropy(scores, torch.from_numpy(labels))
+        (gradient,) = torch.autograd.grad(loss, point)
+        return gradient.numpy(), float(loss.detach())

@@ -1,25 +1,28 @@
 """Room 3, the cloud: plans a round, and turns what came back into a sealed update.
 
-The pool of public gradients is derived state: it is kept in checkpoints, so that a resumed run makes the same guides.
+The pool of public gradients and the feedback maps are derived state: they are kept in checkpoints, so that a resumed run makes the same
+guides. Maps of a round that is replayed from the log are fitted again only if they are still in use at its end.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm import compression, noise, replay
-from cooperllm.algorithm.aggregation import variance_between, weighted_mean
-from cooperllm.algorithm.arms import GuideSource, Measured
+from cooperllm.algorithm import compression, feedback, noise, replay
+from cooperllm.algorithm.aggregation import merged, variance_between, weighted_mean
+from cooperllm.algorithm.arms import Measured, Public
 from cooperllm.algorithm.baselines import arm
-from cooperllm.algorithm.guidance import digest, dot
+from cooperllm.algorithm.guidance import digest_of, dot
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud.guide import GuideMaker
+from cooperllm.cloud.maps import MapFitter
 from cooperllm.config import RunConfig
 from cooperllm.errors import DivergenceError, QuorumError
-from cooperllm.messages import EdgeReport, Guide, GuideKind, Outcome, Plan, RandomSlopes, Update
+from cooperllm.messages import EdgeReport, Feedback, Guide, Maps, Outcome, Plan, Update
 
 COHORT = 1 << 60
 """Noise index that chooses the devices of a round."""
@@ -31,14 +34,12 @@ class Prepared:
 
     Attributes:
         plan: What the edges get.
-        span: The decoded columns, shape [k, n]: the cloud uses the same bits as everybody.
-        predicted: <u_k, g_B> of the cloud's own gradient, shape [k].
+        public: The decoded directions (the cloud uses the same bits as everybody) and what its own gradient says of them.
         public_loss: Mean loss of the public batch, or None without a guide.
     """
 
     plan: Plan
-    span: Float32[np.ndarray, "k n"]
-    predicted: Float32[np.ndarray, "k"]
+    public: Public
     public_loss: float | None
 
 
@@ -69,13 +70,16 @@ class Cloud:
         replica: Current state.
     """
 
-    def __init__(self, config: RunConfig, replica: Replica, guide_maker: GuideMaker) -> None:
+    def __init__(self, config: RunConfig, replica: Replica, guide_maker: GuideMaker, map_fitter: MapFitter) -> None:
         self.config = config
         self.replica = replica
         self._arm = arm(config.arm.name)
         self._guide_maker = guide_maker
-        # A gradient of data without a class pushes that class's score down: it must not vote on the step.
-        self._arm_config = config.arm if guide_maker.has_every_class else replace(config.arm, public_weight=0.0)
+        self._map_fitter = map_fitter
+        self._maps: Maps | None = None
+        self._unfitted: tuple[int, np.ndarray] | None = None
+        self._sent_maps = -1
+        self._arm_config = replace(config.arm, feedback_blocks=max(1, len(map_fitter.blocks)))
 
     def plan(self) -> Prepared:
         """Back-propagates on public data and says what the devices are to measure.
@@ -88,11 +92,13 @@ class Cloud:
         """
         config, round_index = self.config, self.replica.model_version
         seed = noise.derive(config.seed, round_index)
-        guide, gradient, public_loss = self._make_guide(seed)
-        span = replay.span(self.replica, guide)
-        probes = self._arm.probes(config.arm, len(span))
-        local_training = self._arm.local_training(config.arm)
-        asks_devices = probes is not None or local_training is not None
+        guide, gradient, public_loss = self._make_guide(seed, with_basis=round_index % 2 == 0)
+        span, basis = replay.span(self.replica, guide), list(replay.probe_basis(guide, len(self.replica.theta)))
+        predicted = np.array([dot(column, gradient) for column in span], np.float32)
+        probes = self._arm.probes(self._arm_config, len(span), len(basis))
+        asked, new_maps = self._feedback()
+        local_training = self._arm.local_training(self._arm_config)
+        asks_devices = not (probes is None and local_training is None and asked is None)
         order = noise.permutation(seed, COHORT, config.federation.num_devices)
         cohort = sorted(order[: config.federation.devices_per_round].tolist()) if asks_devices else []
         plan = Plan(
@@ -104,13 +110,14 @@ class Cloud:
             cohort=tuple(cohort),
             batch_size=config.federation.batch_size,
             guide=guide,
-            guide_hash=digest(span),
+            guide_hash=digest_of(chain([span], basis)),
             num_columns=len(span),
             probes=probes,
             local_training=local_training,
+            feedback=asked,
+            maps=new_maps,
         )
-        predicted = np.array([dot(column, gradient) for column in span], np.float32)
-        return Prepared(plan=plan, span=span, predicted=predicted, public_loss=public_loss)
+        return Prepared(plan=plan, public=Public(span=span, basis=basis, predicted=predicted), public_loss=public_loss)
 
     def replay(self, update: Update) -> None:
         """Repeats a logged round without devices: same θ, and the same pool of public gradients behind the next guide.
@@ -121,14 +128,16 @@ class Cloud:
         Raises:
             ReplayMismatchError: If the result is not what the log says.
         """
-        if self._arm.guide is GuideSource.GRADIENT and self._guide_maker.pool_size > 1:
-            self._make_guide(update.seed)
+        if self._arm.has_gradient and self._guide_maker.pool_size > 1:
+            self._guide_maker.gradient(self.replica.theta, update.seed)
+        self._note_refresh()
         self.replica = replay.apply(self.replica, update, self.config.optimizer)
 
-    def restore(self, replica: Replica, pool: Sequence[Float32[np.ndarray, "n"]]) -> None:
+    def restore(self, replica: Replica, pool: Sequence[Float32[np.ndarray, "n"]], maps: Maps | None) -> None:
         """Continues from a checkpoint."""
         self.replica = replica
         self._guide_maker.restore(pool)
+        self._maps = maps
 
     def close(self, prepared: Prepared, reports: Sequence[EdgeReport]) -> Closed:
         """Combines the edges' reports with the cloud's own gradient, steps, and seals the update.
@@ -152,14 +161,14 @@ class Cloud:
             sentence = ", ".join(f"{count} {outcome.value}" for outcome, count in dropped.items()) or "none dropped"
             required = self.config.federation.min_reports
             raise QuorumError(round_index=plan.round_index, received=num_reports, required=required, dropped=sentence)
-        measured = _measured(sorted(reports, key=lambda report: report.edge_id), len(prepared.span))
-        found = self._arm.combine(self._arm_config, plan, prepared.span, prepared.predicted, measured)
+        measured = _measured(sorted(reports, key=lambda report: report.edge_id), len(prepared.public.span), len(self.replica.theta))
+        found = self._arm.combine(self._arm_config, plan, prepared.public, measured)
         update = Update(
             round_index=plan.round_index,
             model_version=plan.model_version,
             seed=plan.seed,
             learning_rate=self.config.arm.learning_rate,
-            guide=plan.guide,
+            guide=plan.guide if len(found.columns) else None,
             column_coefficients=found.columns,
             random_terms=found.random_terms,
             dense=found.dense,
@@ -171,26 +180,53 @@ class Cloud:
 
     def pool(self) -> tuple[Float32[np.ndarray, "n"], ...]:
         """Returns the pooled public gradients, for a checkpoint."""
-        return self._guide_maker.state()
+        return self._guide_maker.pool()
 
-    def _make_guide(self, seed: int) -> tuple[Guide | None, Float32[np.ndarray, "n"], float | None]:
-        config, theta = self.config.arm, self.replica.theta
-        if self._arm.guide is GuideSource.NOTHING:
+    def maps(self) -> Maps | None:
+        """Returns the feedback maps in use, for a checkpoint."""
+        return self._maps
+
+    def _feedback(self) -> tuple[Feedback | None, Maps | None]:
+        """What to ask of the devices' feedback, and the maps where the edges do not have them yet."""
+        if not self._arm.has_maps:
+            return None, None
+        self._note_refresh()
+        if self._unfitted is not None:
+            version, theta = self._unfitted
+            self._maps, self._unfitted = self._map_fitter.fit(theta, noise.derive(self.config.seed, version), version), None
+        version = -1 if self._maps is None else self._maps.version
+        asked = self._arm.feedback(self._arm_config, version, self._map_fitter.blocks)
+        new_maps = self._maps if version != self._sent_maps else None
+        self._sent_maps = version
+        return asked, new_maps
+
+    def _note_refresh(self) -> None:
+        """Keeps θ where maps are due; they are fitted when a plan needs them."""
+        version = self.replica.model_version
+        if self._arm.has_maps and feedback.is_refresh(version, self.config.arm.map_refresh):
+            self._unfitted = (version, self.replica.theta)
+
+    def _make_guide(self, seed: int, *, with_basis: bool) -> tuple[Guide | None, Float32[np.ndarray, "n"], float | None]:
+        config, theta, free = self._arm_config, self.replica.theta, self._arm.free_queries(self._arm_config)
+        # Gradients of data without a class push its score down, and hold nothing of what tells it from others: seen to be worse than none.
+        is_partial = self._arm.has_basis and not self._guide_maker.has_every_class
+        if not self._arm.has_gradient or not free or is_partial:
             return None, np.zeros_like(theta), None
-        has_momentum = self._arm.has_momentum and config.queries > 1
-        room = max(1, config.queries - config.residual_queries - has_momentum)
-        columns, gradient, loss = self._guide_maker.columns(self._arm.guide, theta, seed, room)
-        if not np.isfinite(columns).all():
+        gradient, loss = self._guide_maker.gradient(theta, seed)
+        if not np.isfinite(gradient).all():
             raise DivergenceError(
                 f"round {self.replica.model_version}: the public gradient is not finite, the run has diverged; repeat it with a "
                 f"learning rate below {config.learning_rate:g}"
             )
-        payload = compression.pack(columns, config.guide_bits)
-        guide = Guide(kind=GuideKind.DIRECTIONS, payload=payload, has_momentum=has_momentum)
-        return guide, gradient, loss
+        columns = np.stack(self._guide_maker.pool())
+        has_momentum = self._arm.has_momentum and free > len(columns)
+        mixes = with_basis and self._arm.has_basis and free > len(columns) + has_momentum and config.basis_size > 0
+        basis = self._guide_maker.basis(theta, seed, config.basis_size) if mixes else columns[:0]
+        payload = compression.pack(np.concatenate([columns, basis]), config.guide_bits)
+        return Guide(payload=payload, num_columns=len(columns), has_momentum=has_momentum), gradient, loss
 
 
-def _measured(reports: Sequence[EdgeReport], num_columns: int) -> Measured:
+def _measured(reports: Sequence[EdgeReport], num_columns: int, size: int) -> Measured:
     """Folds the edges' folds: the same weighted mean, one level up."""
     usable = [report for report in reports if report.num_devices]
     weights = [report.num_examples for report in usable]
@@ -198,26 +234,14 @@ def _measured(reports: Sequence[EdgeReport], num_columns: int) -> Measured:
     mean = weighted_mean([r.column_slopes for r in usable], weights) if has_columns else np.zeros(num_columns, np.float32)
     squares = weighted_mean([r.column_squares for r in usable], weights) if has_columns else mean
     num_devices = sum(report.num_devices for report in usable)
-    estimates = [report.estimate for report in usable if report.estimate is not None]
+    estimates = [compression.unpack_vector(report.estimate, size) for report in usable if report.estimate is not None]
+    nothing = np.zeros(0, np.float32)
     return Measured(
         num_devices=num_devices,
         column_slopes=mean,
         column_variance=variance_between(mean, squares, num_devices),
-        random_slopes=_merged([entry for report in usable for entry in report.random_slopes]),
+        random_slopes=merged([entry for report in usable for entry in report.random_slopes]),
         estimate=weighted_mean(estimates, weights) if estimates else None,
-    )
-
-
-def _merged(entries: Sequence[RandomSlopes]) -> tuple[RandomSlopes, ...]:
-    """Groups that span several edges become one."""
-    groups: dict[int, list[RandomSlopes]] = {}
-    for entry in entries:
-        groups.setdefault(entry.group, []).append(entry)
-    return tuple(
-        RandomSlopes(
-            group=group,
-            num_examples=sum(entry.num_examples for entry in members),
-            slopes=weighted_mean([entry.slopes for entry in members], [entry.num_examples for entry in members]),
-        )
-        for group, members in sorted(groups.items())
+        agreement=weighted_mean([r.agreement for r in usable], weights) if usable else nothing,
+        energy=weighted_mean([r.energy for r in usable], weights) if usable else nothing,
     )

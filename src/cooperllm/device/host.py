@@ -9,7 +9,7 @@ from cooperllm.config import OptimizerConfig
 from cooperllm.device.probe import catch_up, run_device
 from cooperllm.device.runtime import Runtime, Trainer
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import Order, Update
+from cooperllm.messages import Maps, Order, Update
 
 
 @runtime_checkable
@@ -22,7 +22,7 @@ class Host:
 
     An order carries what its device has missed, and those bytes are counted; the work of replaying them is done once for all devices of
     the process, since an update leads them all to the same bits. A process that has just started reads what its devices already knew
-    from `history`, which stands for the disk of a real device.
+    from `history`, which stands for the disk of a real device. Feedback maps are kept once, too.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Host:
         self._replica = replica
         self._optimizer = optimizer
         self._history = history
+        self._maps: Maps | None = None
 
     def answer(self, data: bytes) -> bytes:
         """Decodes an order, brings the replica to its version, works, and encodes the report."""
@@ -42,4 +43,5 @@ class Host:
                 self._replica = replay.apply(self._replica, update, self._optimizer)
         self._replica = catch_up(self._replica, order, self._optimizer)
         runtime = self._runtimes[order.device_id]
-        return encode(run_device(order, self._replica, runtime, runtime))
+        self._maps = order.plan.maps or self._maps
+        return encode(run_device(order, self._replica, runtime, runtime, self._maps))

@@ -3,23 +3,26 @@
 order --> replica at the plan's version --> batch --> slopes along columns and random directions --> report
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm import guidance, noise, replay, zeroth_order
+from cooperllm.algorithm.compression import EXACT, pack_vector
+from cooperllm.algorithm.guidance import random_directions
 from cooperllm.algorithm.replay import Replica
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.runtime import Runtime, Trainer
 from cooperllm.errors import ProtocolError, ReplayMismatchError
-from cooperllm.messages import FORMAT_VERSION, DeviceReport, LocalTraining, Order, Outcome, Plan, Probes, probe_indices
+from cooperllm.messages import FORMAT_VERSION, DeviceReport, Feedback, LocalTraining, Maps, Order, Outcome, Packed, Plan, Probes
 
 BATCH_STREAM = 1 << 62
 """Noise indices from here on choose batches, so that no random direction shares a key with them."""
 
 
-def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Trainer | None) -> DeviceReport:
+def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Trainer | None, maps: Maps | None) -> DeviceReport:
     """Answers a plan with measurements on private data.
 
     Args:
@@ -27,6 +30,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         replica: State at the plan's version; not modified.
         runtime: Forward passes over the private examples.
         trainer: Back-propagation, or None on a device that has none.
+        maps: Feedback maps that the device holds, or None.
 
     Returns:
         The report; a non-finite loss is an outcome, not an exception.
@@ -35,22 +39,27 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         ProtocolError: If the plan is of another format, version or guide than this replica, or asks for what the device cannot do.
     """
     plan = order.plan
-    columns = _checked_span(plan, replica)
-    nothing = np.zeros(0, np.float32)
-    column_slopes, random_slopes, estimate, forward_passes = nothing, nothing, None, 0
-    if plan.probes is not None:
-        chosen = choose_batch(plan, order.device_id, runtime.num_examples, 0)
-        column_slopes, random_slopes = _probe(order, plan.probes, columns, replica, runtime, chosen)
-        forward_passes = 2 * (len(column_slopes) + len(random_slopes))
-        num_examples = len(chosen)
-    elif plan.local_training is not None:
-        if trainer is None:
-            raise ProtocolError(f"round {plan.round_index}: the plan asks for back-propagation, device {order.device_id} only runs forward")
-        estimate, num_examples = _train(order, plan.local_training, replica, runtime, trainer)
-        forward_passes = 3 * plan.local_training.num_steps
-    else:
+    columns, basis = _checked_guide(plan, replica)
+    if plan.probes is None and plan.feedback is None and plan.local_training is None:
         raise ProtocolError(f"round {plan.round_index}: the plan asks device {order.device_id} for nothing")
-    numbers = (column_slopes, random_slopes, nothing if estimate is None else estimate)
+    if plan.local_training is not None and trainer is None:
+        raise ProtocolError(f"round {plan.round_index}: the plan asks for back-propagation, device {order.device_id} only runs forward")
+    nothing = np.zeros(0, np.float32)
+    column_slopes, random_slopes, agreement, energy, estimate = nothing, nothing, nothing, nothing, None
+    chosen = choose_batch(plan, order.device_id, runtime.num_examples, 0)
+    num_examples, forward_passes, bits = len(chosen), 0, EXACT
+    if plan.probes is not None:
+        column_slopes, random_slopes = _probe(order, plan.probes, columns, basis, replica, runtime, chosen)
+        forward_passes += 2 * (len(column_slopes) + len(random_slopes))
+    if plan.feedback is not None:
+        estimate = runtime.estimate(replica.theta, chosen, _known_maps(plan, plan.feedback, maps))
+        agreement, energy = _rectify(estimate, plan.feedback, replica, runtime, chosen)
+        forward_passes += 2 + 2 * len(agreement)
+        bits = plan.feedback.bits
+    if plan.local_training is not None and trainer is not None:
+        estimate, num_examples = _train(order, plan.local_training, replica, runtime, trainer)
+        forward_passes += 3 * plan.local_training.num_steps
+    numbers = (column_slopes, random_slopes, agreement, energy, nothing if estimate is None else estimate)
     is_finite = all(np.isfinite(values).all() for values in numbers)
     return DeviceReport(
         device_id=order.device_id,
@@ -61,7 +70,9 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         outcome=Outcome.OK if is_finite else Outcome.NON_FINITE_LOSS,
         column_slopes=column_slopes,
         random_slopes=random_slopes,
-        estimate=estimate,
+        estimate=_packed(estimate, bits) if is_finite else None,
+        agreement=agreement,
+        energy=energy,
         forward_passes=forward_passes,
     )
 
@@ -110,21 +121,55 @@ def choose_batch(plan: Plan, device_id: int, num_examples: int, step: int) -> li
     return noise.permutation(plan.seed, index, num_examples)[: plan.batch_size].tolist()
 
 
-def _checked_span(plan: Plan, replica: Replica) -> Float32[np.ndarray, "k n"]:
+def _checked_guide(plan: Plan, replica: Replica) -> tuple[Float32[np.ndarray, "k n"], Sequence[np.ndarray]]:
     if plan.format_version != FORMAT_VERSION:
         raise ProtocolError(f"round {plan.round_index}: format {plan.format_version} found, this device knows {FORMAT_VERSION}")
     if plan.model_version != replica.model_version:
         raise ProtocolError(f"round {plan.round_index}: θ of version {plan.model_version} expected, {replica.model_version} found")
-    columns = replay.span(replica, plan.guide)
-    if guidance.digest(columns) != plan.guide_hash:
+    columns, basis = replay.span(replica, plan.guide), replay.probe_basis(plan.guide, len(replica.theta))
+    if guidance.digest_of(chain([columns], basis)) != plan.guide_hash:
         raise ReplayMismatchError(f"round {plan.round_index}: the decoded guide differs from the cloud's")
-    return columns
+    return columns, basis
+
+
+def _known_maps(plan: Plan, asked: Feedback, maps: Maps | None) -> Maps | None:
+    """The maps that the plan means; none before the first fit."""
+    if asked.maps_version == -1:
+        return None
+    if maps is None or maps.version != asked.maps_version:
+        found = "none" if maps is None else f"version {maps.version}"
+        raise ProtocolError(f"round {plan.round_index}: feedback maps of version {asked.maps_version} expected, {found} found")
+    return maps
+
+
+def _rectify(
+    estimate: Float32[np.ndarray, "n"], asked: Feedback, replica: Replica, runtime: Runtime, chosen: list[int]
+) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b"]]:
+    """Measures <g, ê_b> along each block of an estimate, `algorithm.feedback`, eq. (6)."""
+    if any(not start < stop <= len(estimate) for start, stop in asked.blocks):
+        raise ProtocolError(f"feedback: blocks {asked.blocks} found, ranges of {len(estimate)} parameters expected")
+    lengths = np.array([np.sqrt(guidance.dot(estimate[a:b], estimate[a:b])) for a, b in asked.blocks], np.float32)
+
+    def directions() -> Iterator[Float32[np.ndarray, "n"]]:
+        for (start, stop), length in zip(asked.blocks, lengths, strict=True):
+            direction = np.zeros_like(estimate)
+            direction[start:stop] = estimate[start:stop] / (length or np.float32(1))
+            yield direction
+
+    evaluate, points_per_pass = runtime.evaluate(chosen)
+    slopes = zeroth_order.slopes(evaluate, replica.theta, directions(), asked.slope_scale, points_per_pass=points_per_pass)
+    return slopes * lengths, lengths * lengths
+
+
+def _packed(estimate: Float32[np.ndarray, "n"] | None, bits: int) -> Packed | None:
+    return None if estimate is None else pack_vector(estimate, bits)
 
 
 def _probe(
     order: Order,
     probes: Probes,
     columns: Float32[np.ndarray, "k n"],
+    basis: Sequence[np.ndarray],
     replica: Replica,
     runtime: Runtime,
     chosen: list[int],
@@ -132,16 +177,9 @@ def _probe(
     evaluate, points_per_pass = runtime.evaluate(chosen)
     measured = columns if probes.measures_columns else columns[:0]
     column_slopes = zeroth_order.slopes(evaluate, replica.theta, measured, probes.column_scale, points_per_pass=points_per_pass)
-    random = _random_directions(order, probes, columns)
+    random = random_directions(order.plan.seed, order.group, probes, basis if len(basis) else list(columns), len(replica.theta))
     random_slopes = zeroth_order.slopes(evaluate, replica.theta, random, probes.random_scale, points_per_pass=points_per_pass)
     return column_slopes, random_slopes
-
-
-def _random_directions(order: Order, probes: Probes, columns: Float32[np.ndarray, "k n"]) -> Iterator[Float32[np.ndarray, "n"]]:
-    indices = probe_indices(order.group, probes.num_random)
-    if probes.blend is None:
-        return (noise.gaussian(order.plan.seed, index, columns.shape[1]) for index in indices)
-    return guidance.guided_perturbations(columns, order.plan.seed, indices, order.group, probes.blend, probes.blend_scale)
 
 
 def _train(order: Order, task: LocalTraining, replica: Replica, runtime: Runtime, trainer: Trainer) -> tuple[Float32[np.ndarray, "n"], int]:

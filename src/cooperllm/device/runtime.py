@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm.zeroth_order import Evaluate
+from cooperllm.messages import Maps
 
 
 @runtime_checkable
@@ -26,6 +27,22 @@ class Runtime(Protocol):
 
         Returns:
             (losses of the batch as a function of points θ [P, n], points that one pass may hold).
+        """
+        ...
+
+    def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> Float32[np.ndarray, "n"]:
+        """Estimates the gradient of a batch's loss with two forward passes, `algorithm.feedback`.
+
+        Args:
+            theta: θ, not modified.
+            chosen: Positions of private examples.
+            maps: The cloud's maps, or None for the head's exact gradient alone.
+
+        Returns:
+            ê, shape [n]; 0 where neither maps nor the head say anything.
+
+        Raises:
+            DecodeError: If the maps do not fit the model.
         """
         ...
 

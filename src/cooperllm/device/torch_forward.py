@@ -11,15 +11,25 @@ import torch
 from jaxtyping import Float32
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cooperllm.algorithm import feedback
+from cooperllm.algorithm.maps import unpack_maps
 from cooperllm.algorithm.zeroth_order import Evaluate
+from cooperllm.messages import Maps
 
 
 @runtime_checkable
 class ForwardModel(Protocol):
     """What the runtime needs of a model; `cooperllm.models.Model` is one."""
 
+    num_classes: int
+    adapted: Any
+
     def batch(self, examples: Any, indices: Sequence[int]) -> Any:
         """Pads chosen examples."""
+        ...
+
+    def scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Returns class scores [B, C]."""
         ...
 
     def loss(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -68,6 +78,41 @@ class TorchForward:
                     return torch.func.vmap(loss)(theta).float().numpy()
 
         return losses, points_per_pass
+
+    def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> Float32[np.ndarray, "n"]:
+        """Runs forward once for the output error, and once more to add up each layer's part while its input is at hand."""
+        model, adapted = self._model, self._model.adapted
+        batch = model.batch(self._examples, [self.shard[position] for position in chosen])
+        mask = batch.mask.numpy()
+        tokens, point, result = feedback.tokens(mask), torch.from_numpy(theta), np.zeros_like(theta)
+        decoded = (
+            []
+            if maps is None
+            else unpack_maps(maps, [(layer.input_size, layer.output_size) for layer in adapted.layers], model.num_classes)
+        )
+
+        def visit(number: int, given: torch.Tensor, _output: torch.Tensor) -> None:
+            if maps is None:
+                return
+            layer, guide = adapted.layers[number], decoded[number]
+            activation = given.float().numpy()[mask > 0]
+            described = feedback.features(activation, tokens, guide.basis)
+            delta = feedback.deltas(described, tokens, guide.maps, error @ maps.contrasts.T)
+            first = theta[slice(*layer.first)].reshape(layer.rank, layer.input_size)
+            second = theta[slice(*layer.second)].reshape(layer.output_size, layer.rank)
+            parts = feedback.low_rank_gradient(delta, activation, first, second, layer.scale)
+            for where, part in zip((layer.first, layer.second), parts, strict=True):
+                result[slice(*where)] += part.reshape(-1)
+
+        def visit_head(given: torch.Tensor) -> None:
+            result[slice(*adapted.head.weight)] = (error.T @ given.float().numpy()).reshape(-1)
+            result[slice(*adapted.head.bias)] = error.sum(0)
+
+        with torch.inference_mode():
+            error = feedback.output_error(model.scores(point, batch).float().softmax(1).numpy(), batch.labels.numpy())
+            with adapted.watched(visit, visit_head):
+                model.scores(point, batch)
+        return result
 
     def train(self, theta: Float32[np.ndarray, "n"], batches: Sequence[Sequence[int]], learning_rate: float) -> Float32[np.ndarray, "n"]:
         """Takes plain gradient steps by back-propagation: the bound, not something a small device does."""

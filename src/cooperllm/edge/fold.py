@@ -2,32 +2,40 @@
 
 column slopes    weighted mean and mean square over the edge's devices
 random slopes    weighted mean over the devices of a group, one entry per group
+estimates        weighted mean over the edge's devices: only a sum leaves the edge
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from cooperllm.algorithm.aggregation import weighted_mean
+from cooperllm.algorithm.aggregation import merged, weighted_mean
+from cooperllm.algorithm.compression import EXACT, pack_vector, unpack_vector
 from cooperllm.algorithm.replay import Replica
-from cooperllm.messages import DeviceReport, EdgeReport, Grouping, Order, Outcome, Plan, RandomSlopes, Update
+from cooperllm.errors import DecodeError
+from cooperllm.messages import DeviceReport, EdgeReport, Grouping, Maps, Order, Outcome, Plan, RandomSlopes, Update
 
 
 class Edge:
     """One edge and its devices.
 
     It remembers which version each of them has, keeps the updates of the run, and sends a device whatever is shorter: the updates it has
-    missed, or a snapshot.
+    missed, or a snapshot. Maps that the cloud has sent are kept for the devices that do not have them yet.
 
     Attributes:
         edge_id: Number of the edge.
         device_ids: Devices it serves.
+        num_parameters: n, the length of an estimate.
     """
 
-    def __init__(self, edge_id: int, device_ids: Sequence[int]) -> None:
+    def __init__(self, edge_id: int, device_ids: Sequence[int], num_parameters: int) -> None:
         self.edge_id = edge_id
         self.device_ids = tuple(device_ids)
+        self.num_parameters = num_parameters
+        self._maps: Maps | None = None
+        self._maps_versions: dict[int, int] = {}
         self._versions = dict.fromkeys(self.device_ids, 0)
         self._updates: list[Update] = []
         self._lengths: list[int] = []
@@ -57,6 +65,7 @@ class Edge:
         Returns:
             One order per device, in the order of device numbers. The packed guide is shared, not copied.
         """
+        self._maps = plan.maps or self._maps
         chosen = sorted(set(plan.cohort) & set(self.device_ids))
         return [self._order(device_id, plan, replica) for device_id in chosen]
 
@@ -73,13 +82,16 @@ class Edge:
         """
         ordered = sorted(reports, key=lambda report: report.device_id)
         self.note_version([report.device_id for report in ordered if report.model_version == plan.model_version], plan.model_version)
-        judged = [(report, _judge(report, plan)) for report in ordered]
+        judged = [(report, _judge(report, plan, self.num_parameters)) for report in ordered]
         usable = [report for report, outcome in judged if outcome is Outcome.OK]
+        if plan.feedback is not None:
+            self._maps_versions |= dict.fromkeys((report.device_id for report in usable), plan.feedback.maps_version)
         dropped = Counter(outcome for _, outcome in judged if outcome is not Outcome.OK)
         dropped[Outcome.LOST] += lost
         weights = [report.num_examples for report in usable]
         nothing = np.zeros(0, np.float32)
-        estimates = [report.estimate for report in usable if report.estimate is not None]
+        estimates = [unpack_vector(report.estimate, self.num_parameters) for report in usable if report.estimate is not None]
+        bits = EXACT if plan.feedback is None else plan.feedback.bits
         return EdgeReport(
             edge_id=self.edge_id,
             round_index=plan.round_index,
@@ -88,19 +100,26 @@ class Edge:
             dropped={outcome: count for outcome, count in dropped.items() if count},
             column_slopes=weighted_mean([r.column_slopes for r in usable], weights) if usable else nothing,
             column_squares=weighted_mean([r.column_slopes**2 for r in usable], weights) if usable else nothing,
-            random_slopes=_by_group(plan, self.edge_id, usable),
-            estimate=weighted_mean(estimates, weights) if estimates else None,
+            random_slopes=merged([self._random_slopes(plan, report) for report in usable if len(report.random_slopes)]),
+            estimate=pack_vector(weighted_mean(estimates, weights), bits) if estimates else None,
+            agreement=weighted_mean([r.agreement for r in usable], weights) if usable else nothing,
+            energy=weighted_mean([r.energy for r in usable], weights) if usable else nothing,
             forward_passes=max((report.forward_passes for report in reports), default=0),
         )
+
+    def _random_slopes(self, plan: Plan, report: DeviceReport) -> RandomSlopes:
+        group = group_of(plan, self.edge_id, report.device_id)
+        return RandomSlopes(group=group, num_examples=report.num_examples, slopes=report.random_slopes)
 
     def _order(self, device_id: int, plan: Plan, replica: Replica) -> Order:
         missed = slice(self._versions[device_id], plan.model_version)
         snapshot_bytes = replica.theta.nbytes * (1 + len(replica.moments))
         needs_snapshot = sum(self._lengths[missed]) > snapshot_bytes
+        has_maps = plan.feedback is None or self._maps_versions.get(device_id) == plan.feedback.maps_version
         return Order(
             device_id=device_id,
             group=group_of(plan, self.edge_id, device_id),
-            plan=plan,
+            plan=replace(plan, maps=None if has_maps else self._maps),
             updates=() if needs_snapshot else tuple(self._updates[missed]),
             snapshot=replica.snapshot() if needs_snapshot else None,
         )
@@ -122,7 +141,7 @@ def group_of(plan: Plan, edge_id: int, device_id: int) -> int:
     return edge_id if plan.probes.grouping is Grouping.EDGE else device_id
 
 
-def _judge(report: DeviceReport, plan: Plan) -> Outcome:
+def _judge(report: DeviceReport, plan: Plan, num_parameters: int) -> Outcome:
     """A report counts only if it answers this very plan."""
     answers = (report.round_index, report.model_version, report.guide_version)
     if answers != (plan.round_index, plan.model_version, plan.guide_version):
@@ -130,23 +149,15 @@ def _judge(report: DeviceReport, plan: Plan) -> Outcome:
     if report.outcome is not Outcome.OK:
         return report.outcome
     probes = plan.probes
-    expected = (plan.num_columns if probes.measures_columns else 0, probes.num_random) if probes is not None else (0, 0)
-    if (len(report.column_slopes), len(report.random_slopes)) != expected or report.num_examples == 0:
+    slopes = (plan.num_columns if probes.measures_columns else 0, probes.num_random) if probes is not None else (0, 0)
+    blocks = len(plan.feedback.blocks) if plan.feedback is not None else 0
+    lengths = tuple(map(len, (report.column_slopes, report.random_slopes, report.agreement, report.energy)))
+    wants_estimate = plan.feedback is not None or plan.local_training is not None
+    if lengths != (*slopes, blocks, blocks) or report.num_examples == 0 or wants_estimate != (report.estimate is not None):
         return Outcome.MISMATCH
-    numbers = (report.column_slopes, report.random_slopes, *([] if report.estimate is None else [report.estimate]))
+    try:
+        estimate = np.zeros(0) if report.estimate is None else unpack_vector(report.estimate, num_parameters)
+    except DecodeError:
+        return Outcome.MISMATCH
+    numbers = (report.column_slopes, report.random_slopes, report.agreement, report.energy, estimate)
     return Outcome.OK if all(np.isfinite(values).all() for values in numbers) else Outcome.NON_FINITE_LOSS
-
-
-def _by_group(plan: Plan, edge_id: int, usable: Sequence[DeviceReport]) -> tuple[RandomSlopes, ...]:
-    groups: dict[int, list[DeviceReport]] = {}
-    for report in usable:
-        groups.setdefault(group_of(plan, edge_id, report.device_id), []).append(report)
-    return tuple(
-        RandomSlopes(
-            group=group,
-            num_examples=sum(report.num_examples for report in members),
-            slopes=weighted_mean([report.random_slopes for report in members], [report.num_examples for report in members]),
-        )
-        for group, members in sorted(groups.items())
-        if len(members[0].random_slopes)
-    )

@@ -1,0 +1,148 @@
+"""Fits the feedback maps on public text: exact Jacobians by back-propagation, running sums, one small linear system per layer.
+
+No label is used. Three quarters of the texts are fitted on, one quarter chooses the ridge strength, and the last fit is on all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from cooperllm.algorithm import feedback, noise
+from cooperllm.algorithm.feedback import Moments
+from cooperllm.algorithm.maps import pack_maps
+from cooperllm.messages import Maps
+
+MAP_TEXTS = (1 << 61) + 3
+"""Noise index that chooses the public texts of a fit."""
+
+MOST_CONTRASTS = 8
+FIT_BATCH = 16
+DESCRIBED_BATCHES = 4
+HELD_OUT_EVERY = 4
+
+
+@runtime_checkable
+class WatchedLayers(Protocol):
+    """Adapted layers that hand over their inputs and outputs; `cooperllm.adapted_layers.AdaptedLayers` is one."""
+
+    def blocks(self, most: int) -> tuple[tuple[int, int], ...]:
+        """Divides the adapted part of θ."""
+        ...
+
+    def watched(self, visit: Callable[[int, torch.Tensor, torch.Tensor], None]) -> AbstractContextManager[None]:
+        """Within it, forward passes call `visit`."""
+        ...
+
+
+@runtime_checkable
+class WatchedModel(Protocol):
+    """What the fit needs of a model; `cooperllm.models.Model` is one."""
+
+    @property
+    def adapted(self) -> WatchedLayers:
+        """Its adapted layers."""
+        ...
+
+    def batch(self, examples: Any, indices: Sequence[int]) -> Any:
+        """Pads chosen examples."""
+        ...
+
+    def scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Returns class scores [B, C]."""
+        ...
+
+
+class MapFitter:
+    """Fits maps for every adapted layer.
+
+    Attributes:
+        blocks: Ranges of θ whose estimates are measured apart.
+    """
+
+    def __init__(self, model: WatchedModel, public: Any, *, num_examples: int, num_components: int, bits: int, most_blocks: int) -> None:
+        self._model = model
+        self._public = public
+        self._num_examples = num_examples
+        self._num_components = num_components
+        self._bits = bits
+        self.blocks = model.adapted.blocks(most_blocks)
+
+    def fit(self, theta: np.ndarray, seed: int, version: int) -> Maps:
+        """Fits the maps at θ.
+
+        Args:
+            theta: Current θ, shape [n], not modified.
+            seed: Chooses the public texts.
+            version: Updates in θ.
+
+        Returns:
+            Packed maps.
+        """
+        point = torch.from_numpy(theta.copy())
+        chosen = noise.permutation(seed, MAP_TEXTS, len(self._public))[: self._num_examples].tolist()
+        starts = range(0, len(chosen), FIT_BATCH)
+        batches = [self._model.batch(self._public, chosen[start : start + FIT_BATCH]) for start in starts]
+        contrasts, basis_of_layer, bases = self._describe(point, batches)
+        num_layers = len(basis_of_layer)
+        sums: list[list[Moments]] = [[], []]
+        for position, batch in enumerate(batches):
+            half = sums[position % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+            mask = batch.mask.numpy()
+            tokens = feedback.tokens(mask)
+            inputs, jacobians = self._jacobians(point, batch, contrasts)
+            if not half:
+                half += [
+                    Moments.zero(1 + 2 * bases[basis_of_layer[i]].shape[1], len(contrasts), jacobians[0][i].shape[-1])
+                    for i in range(num_layers)
+                ]
+            lengths = tokens.lengths[tokens.owner][:, None].astype(np.float32)
+            for layer, basis in enumerate(basis_of_layer):
+                described = feedback.features(inputs[layer][mask > 0], tokens, bases[basis])
+                half[layer].add(described, [lengths * of_contrast[layer][mask > 0] for of_contrast in jacobians])
+        kept, held_out = sums[0], sums[1] or sums[0]
+        maps = [feedback.fit(one, other)[0] for one, other in zip(kept, held_out, strict=True)]
+        return pack_maps(version, contrasts, basis_of_layer, bases, maps, self._bits)
+
+    def _describe(self, point: torch.Tensor, batches: Sequence[Any]) -> tuple[np.ndarray, list[int], list[np.ndarray]]:
+        """Contrasts from public scores, and a basis for each different input, from the first batches."""
+        scores: list[np.ndarray] = []
+        inputs: list[list[np.ndarray]] = []
+        basis_of_layer: list[int] = []
+        for batch in batches[:DESCRIBED_BATCHES]:
+            seen: dict[int, torch.Tensor] = {}
+            with torch.no_grad(), self._model.adapted.watched(lambda layer, given, _output, seen=seen: seen.update({layer: given})):
+                scores.append(self._model.scores(point, batch).float().numpy())
+            different = list({id(seen[layer]): seen[layer] for layer in sorted(seen)}.values())
+            basis_of_layer = [next(i for i, other in enumerate(different) if other is seen[layer]) for layer in sorted(seen)]
+            inputs.append([given[batch.mask > 0].float().numpy() for given in different])
+        stacked = [np.concatenate(parts) for parts in zip(*inputs, strict=True)]
+        count = min(self._num_components, *(min(part.shape) for part in stacked))
+        return (
+            feedback.contrasts(np.concatenate(scores), MOST_CONTRASTS),
+            basis_of_layer,
+            [feedback.principal_components(part, count) for part in stacked],
+        )
+
+    def _jacobians(self, point: torch.Tensor, batch: Any, contrasts: np.ndarray) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """Inputs of each layer, and the derivative of each contrast at each layer's output."""
+        inputs: dict[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
+
+        def visit(layer: int, given: torch.Tensor, output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()
+            inputs[layer], outputs[layer] = given.detach(), output
+
+        with torch.enable_grad(), self._model.adapted.watched(visit):
+            scores = self._model.scores(point, batch).float()
+            along = scores @ torch.from_numpy(contrasts).T
+            ordered = [outputs[layer] for layer in sorted(outputs)]
+            gradients = [
+                torch.autograd.grad(along[:, contrast].sum(), ordered, retain_graph=contrast + 1 < len(contrasts))
+                for contrast in range(len(contrasts))
+            ]
+        found = [inputs[layer].float().numpy() for layer in sorted(inputs)]
+        return found, [[part.float().numpy() for part in parts] for parts in gradients]

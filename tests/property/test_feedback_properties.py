@@ -1,0 +1,175 @@
+"""Feedback for any gradient, estimate and order of arrival: a gain is a projection, a fold is a mean, a codec has its bound.
+
+Run: pytest tests/property/test_feedback_properties.py
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from cooperllm.algorithm import feedback, noise, replay
+from cooperllm.algorithm.compression import BLOCK, pack_vector, unpack_vector
+from cooperllm.algorithm.guidance import digest
+from cooperllm.algorithm.maps import pack_maps, unpack_maps
+from cooperllm.config import OptimizerConfig
+from cooperllm.device.probe import run_device
+from cooperllm.edge import Edge
+from cooperllm.errors import DecodeError
+from cooperllm.link.codec import encode
+from cooperllm.messages import DeviceReport, Feedback, Order, Outcome, Packed, Plan
+
+UNIT = 2.0**-24
+SIZE = 24
+NOTHING = np.zeros(0, np.float32)
+ENTRIES = st.one_of(st.just(0.0), st.floats(-100, 100, width=32).filter(lambda value: abs(value) > 1e-3))
+VECTORS = arrays.arrays(np.float32, SIZE, elements=ENTRIES)
+CUTS = st.lists(st.integers(0, SIZE), min_size=2, max_size=5, unique=True).map(sorted)
+
+
+class LinearLoss:
+    """A device whose loss is θ · gradient, and whose estimate is whatever it is."""
+
+    num_examples = 4
+
+    def __init__(self, gradient, estimated):
+        self._gradient, self._estimated = gradient.astype(np.float64), estimated
+
+    def evaluate(self, chosen):
+        return lambda points: (points.astype(np.float64) @ self._gradient).astype(np.float32), 1
+
+    def estimate(self, theta, chosen, maps):
+        return self._estimated
+
+
+def plan(blocks, bits=32):
+    replica = replay.start(np.zeros(SIZE, np.float32), OptimizerConfig())
+    return Plan(
+        round_index=0,
+        model_version=0,
+        guide_version=-1,
+        theta_hash=replica.state_hash,
+        seed=5,
+        cohort=tuple(range(8)),
+        batch_size=4,
+        guide=None,
+        guide_hash=digest(np.zeros((0, SIZE), np.float32)),
+        num_columns=0,
+        feedback=Feedback(maps_version=-1, blocks=tuple(blocks), bits=bits, slope_scale=0.25),
+    ), replica
+
+
+@given(gradient=VECTORS, estimated=VECTORS, cuts=CUTS)
+def test_a_device_alone_projects_its_gradient_onto_each_block_of_its_estimate(gradient, estimated, cuts):
+    blocks = list(pairwise(cuts))
+    asked, replica = plan(blocks)
+    order = Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None)
+    report = run_device(order, replica, LinearLoss(gradient, estimated.copy()), None, None)
+    found = feedback.rectified(estimated, blocks, feedback.gains(report.agreement, report.energy)).astype(np.float64)
+    for start, stop in blocks:
+        part, wide = gradient[start:stop].astype(np.float64), estimated[start:stop].astype(np.float64)
+        share = max(0.0, part @ wide) / (wide @ wide) if wide.any() else 0.0
+        # A unit direction, two points, two losses, a slope, two lengths and the gain: fewer than 16 roundings of |g| |ê| each.
+        assert np.abs(found[start:stop] - share * wide).max() <= 16 * UNIT * np.linalg.norm(part)
+        assert np.linalg.norm(part - found[start:stop]) <= np.linalg.norm(part) * (1 + 16 * UNIT)
+    outside = [position for position in range(SIZE) if not cuts[0] <= position < cuts[-1]]
+    assert np.array_equal(found[outside], estimated[outside])
+
+
+def answer(device_id, asked, estimated, num_examples):
+    return DeviceReport(
+        device_id=device_id,
+        round_index=0,
+        model_version=0,
+        guide_version=-1,
+        num_examples=num_examples,
+        outcome=Outcome.OK,
+        column_slopes=NOTHING,
+        random_slopes=NOTHING,
+        estimate=pack_vector(estimated, asked.feedback.bits),
+        agreement=estimated[:1],
+        energy=np.abs(estimated[:1]),
+        forward_passes=4,
+    )
+
+
+@given(
+    senders=st.lists(st.tuples(VECTORS, st.integers(1, 1000)), min_size=1, max_size=8),
+    order=st.randoms(use_true_random=False),
+    bits=st.sampled_from([4, 8, 32]),
+)
+def test_estimates_fold_to_their_weighted_mean_in_any_order(senders, order, bits):
+    asked, _ = plan([(0, SIZE)], bits)
+    reports = [answer(device_id, asked, *sender) for device_id, sender in enumerate(senders)]
+    found = Edge(0, range(8), SIZE).fold(asked, reports)
+    shuffled = reports.copy()
+    order.shuffle(shuffled)
+    assert encode(Edge(0, range(8), SIZE).fold(asked, shuffled)) == encode(found)
+    arrived = [unpack_vector(report.estimate, SIZE).astype(np.float64) for report in reports]
+    expected = np.average(arrived, axis=0, weights=[count for _, count in senders])
+    assert (np.abs(unpack_vector(found.estimate, SIZE) - expected) <= bound(expected, bits)).all()
+    weighted = np.average([float(report.energy[0]) for report in reports], weights=[count for _, count in senders])
+    assert abs(found.energy[0] - weighted) <= 2 * UNIT * weighted
+
+
+def bound(vector, bits):
+    """Half a step of its block, whose scale is rounded up to float16 by 2⁻¹⁰ or, near 0, by 2⁻²⁴; a few roundings beside it."""
+    largest = np.abs(vector).max(initial=0)
+    if bits == 32:
+        return 4 * UNIT * np.abs(vector) + 2.0**-148 * max(largest, 1)
+    blocks = np.abs(np.pad(vector, (0, -len(vector) % BLOCK)).reshape(-1, BLOCK)).max(axis=1).repeat(BLOCK)[: len(vector)]
+    return (blocks / (2 ** (bits - 1) - 1) * (1 + 2.0**-10) + 2.0**-24 * largest) / 2 + 4 * UNIT * largest
+
+
+@given(
+    vector=arrays.arrays(np.float32, st.sampled_from([1, 3, BLOCK, 2 * BLOCK + 5]), elements=st.floats(-(2.0**66), 2.0**66, width=32)),
+    bits=st.sampled_from([4, 8, 32]),
+)
+def test_a_vector_comes_back_within_half_a_step_of_its_block(vector, bits):
+    found = unpack_vector(pack_vector(vector, bits), len(vector))
+    assert (np.abs(found.astype(np.float64) - vector) <= bound(vector.astype(np.float64), bits)).all()
+    # The largest entry is a scale of its own: a packed vector keeps its size, however quiet or loud it is.
+    assert np.abs(found).max() <= np.abs(vector).max() * np.float64(1 + 2.0**-10 + 2.0**-16)
+
+
+@settings(max_examples=200)
+@given(
+    owners=st.lists(st.integers(0, 4), max_size=5).map(tuple),
+    width=st.one_of(st.integers(0, 9), st.just(1 << 32)),
+    num_contrasts=st.integers(0, 3),
+    num_classes=st.integers(0, 4),
+    cut=st.integers(-40, 40),
+    scale=st.floats(0, 1e30),
+)
+def test_maps_from_anywhere_fit_the_model_or_are_refused(owners, width, num_contrasts, num_classes, cut, scale):
+    basis, maps = noise.gaussian(1, 0, 12).reshape(6, 2), [noise.gaussian(1, layer, 2 * 5 * 4).reshape(2, 5, 4) for layer in (1, 2)]
+    sent = pack_maps(1, np.zeros((2, 3), np.float32), [0, 0], [basis], maps, 8)
+    payload = sent.values.payload[:cut] if cut < 0 else sent.values.payload + bytes(cut)
+    values = Packed(scale=scale, payload=payload)
+    changed = replace(
+        sent, contrasts=np.zeros((num_contrasts, num_classes), np.float32), basis_of_layer=owners, num_components=width, values=values
+    )
+    try:
+        found = unpack_maps(changed, [(6, 4), (6, 4)], 3)
+    except DecodeError:
+        return
+    assert (owners, width, num_contrasts, num_classes, cut) == ((0, 0), 2, 2, 3, 0)
+    assert [(layer.basis.shape, layer.maps.shape) for layer in found] == [((6, 2), (2, 5, 4))] * 2
+    assert all(np.isfinite(layer.maps).all() for layer in found)
+
+
+@given(data=st.data(), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_a_sentence_is_described_the_same_in_any_company(data, lengths):
+    """Features of a sentence are the same bits alone and in a batch."""
+    count = sum(lengths)
+    x = data.draw(arrays.arrays(np.float32, (count, 3), elements=st.integers(-50, 50).map(float)))
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    together = feedback.features(x, feedback.tokens(mask), np.eye(3, dtype=np.float32))
+    start = 0
+    for length in lengths:
+        alone = feedback.features(x[start : start + length], feedback.tokens(np.ones((1, length), int)), np.eye(3, dtype=np.float32))
+        assert together[start : start + length].tobytes() == alone.tobytes()
+        start += length

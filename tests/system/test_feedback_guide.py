@@ -1,0 +1,338 @@
+"""The feedback guide on real networks: maps fitted to them, estimates judged by back-propagation, whole runs.
+
+Run: pytest tests/system/test_feedback_guide.py
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import cooperllm
+from cooperllm import data, models
+from cooperllm.algorithm import feedback, noise, replay
+from cooperllm.algorithm.compression import pack_vector, unpack_vector
+from cooperllm.algorithm.guidance import digest
+from cooperllm.assembly import assemble
+from cooperllm.cloud import MapFitter
+from cooperllm.config import (
+    AdapterKind,
+    ArmName,
+    DataConfig,
+    EngineName,
+    FederationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OptimizerKind,
+    SourceConfig,
+)
+from cooperllm.device.probe import run_device
+from cooperllm.device.torch_forward import TorchForward
+from cooperllm.errors import ConfigError, DivergenceError, ProtocolError, QuorumError
+from cooperllm.link.codec import encode
+from cooperllm.link.loopback import Loopback
+from cooperllm.messages import Feedback, Order, Outcome, Plan
+from cooperllm.round import run_round
+from cooperllm.run_directory import RunDirectory
+
+CHOSEN = list(range(16))
+"""The private batch that estimates are made for."""
+
+
+def cosine(one, other):
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+
+def true_gradient(model, examples, theta, chosen=CHOSEN):
+    point = torch.from_numpy(theta.copy()).requires_grad_()
+    (gradient,) = torch.autograd.grad(model.loss(point, model.batch(examples, chosen)), point)
+    return gradient.numpy()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """MiniLM after six steps on other private texts, where gradients of the adapters are no longer zero."""
+    sources = {"public": SourceConfig(max_examples=96), "private": SourceConfig(max_examples=48)}
+    task = data.load(DataConfig(**sources, num_test=2, num_validation=2), FederationConfig(), 0)
+    model = models.load(ModelConfig(), 2)
+    public, private = (model.encode(part.texts, None, part.labels) for part in (task.public, task.private))
+    device = TorchForward(model, private, range(len(private)), None)
+    theta = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 1.0)
+    fitter = MapFitter(model, public, num_examples=96, num_components=24, bits=8, most_blocks=2)
+    maps, gradient = fitter.fit(theta, 5, 6), true_gradient(model, private, theta)
+    return SimpleNamespace(
+        model=model, public=public, private=private, device=device, theta=theta, fitter=fitter, maps=maps, gradient=gradient
+    )
+
+
+def asked(theta, blocks, maps_version, *, bits=32):
+    """A plan for one device with this θ, and the replica it belongs to."""
+    replica = replay.start(theta, OptimizerConfig())
+    return Plan(
+        round_index=0,
+        model_version=0,
+        guide_version=-1,
+        theta_hash=replica.state_hash,
+        seed=5,
+        cohort=(0,),
+        batch_size=len(CHOSEN),
+        guide=None,
+        guide_hash=digest(np.zeros((0, len(theta)), np.float32)),
+        num_columns=0,
+        feedback=Feedback(maps_version=maps_version, blocks=tuple(blocks), bits=bits, slope_scale=0.03),
+    ), replica
+
+
+def answered(trained, maps, blocks=None, maps_version=6):
+    """The report of a device whose shard is the batch."""
+    blocks = trained.fitter.blocks if blocks is None else blocks
+    plan, replica = asked(trained.theta, blocks, maps_version)
+    device = TorchForward(trained.model, trained.private, CHOSEN, None)
+    return run_device(Order(device_id=0, group=0, plan=plan, updates=(), snapshot=None), replica, device, None, maps)
+
+
+# Estimates against back-propagation.
+
+
+def test_maps_fitted_on_public_texts_give_the_gradient_of_private_ones(trained):
+    found = trained.device.estimate(trained.theta, CHOSEN, trained.maps)
+    adapters = slice(0, trained.fitter.blocks[-1][1])
+    assert cosine(found, trained.gradient) > 0.95
+    # By chance two vectors of 24 576 numbers have a cosine near 0.006.
+    assert cosine(found[adapters], trained.gradient[adapters]) > 0.8
+    for start, stop in trained.fitter.blocks:
+        assert cosine(found[start:stop], trained.gradient[start:stop]) > 0.8
+
+
+def test_maps_fitted_on_the_very_texts_give_the_gradient_of_every_factor():
+    """61 features describe fewer tokens exactly; what is left is the ridge. A confusion of layers, factors or contrasts would show."""
+    model = models.load(ModelConfig(), 3)
+    examples = model.encode(["A stirring film.", "It fell apart quickly.", "Fine.", "Cold room, lovely bed."], None, [0, 2, 1, 1])
+    theta = model.initial_parameters(3) + 0.02 * np.sin(np.arange(model.layout.size, dtype=np.float32))
+    maps = MapFitter(model, examples, num_examples=4, num_components=30, bits=32, most_blocks=2).fit(theta, 0, 1)
+    found = TorchForward(model, examples, range(4), None).estimate(theta, range(4), maps)
+    gradient = true_gradient(model, examples, theta, range(4))
+    assert maps.contrasts.shape == (2, 3)
+    for layer in model.adapted.layers:
+        for start, stop in (layer.first, layer.second):
+            assert cosine(found[start:stop], gradient[start:stop]) > 0.999
+            assert np.linalg.norm(found[start:stop]) == pytest.approx(np.linalg.norm(gradient[start:stop]), rel=0.02)
+
+
+@pytest.mark.parametrize("has_maps", [False, True])
+def test_the_heads_estimate_is_exact_with_and_without_maps(trained, has_maps):
+    found = trained.device.estimate(trained.theta, CHOSEN, trained.maps if has_maps else None)
+    adapters = trained.model.adapted
+    # Scores of two passes differ by up to 2e-6, probabilities by half of that, and pooled states are below 2.
+    for start, stop in (adapters.head.weight, adapters.head.bias):
+        np.testing.assert_allclose(found[start:stop], trained.gradient[start:stop], atol=2e-6)
+        assert np.abs(trained.gradient[start:stop]).max() > 1e-3
+    if not has_maps:
+        assert not found[: adapters.head.weight[0]].any()
+
+
+def test_an_estimate_is_the_mean_of_its_examples_estimates(trained):
+    """Padding and neighbours change nothing."""
+    together = trained.device.estimate(trained.theta, CHOSEN[:4], trained.maps)
+    alone = np.mean([trained.device.estimate(trained.theta, [index], trained.maps) for index in CHOSEN[:4]], axis=0)
+    # Scores move by 2e-5 with padding.
+    assert np.linalg.norm(together - alone) < 1e-4 * np.linalg.norm(alone)
+
+
+def test_estimating_leaves_theta_and_the_network_alone(trained):
+    before = trained.theta.tobytes()
+    hooks = [len(module._forward_hooks) for module in trained.model._network.modules()]
+    first = trained.device.estimate(trained.theta, CHOSEN, trained.maps)
+    trained.fitter.fit(trained.theta, 5, 6)
+    assert trained.device.estimate(trained.theta, CHOSEN, trained.maps).tobytes() == first.tobytes()
+    assert trained.theta.tobytes() == before
+    assert [len(module._forward_hooks) for module in trained.model._network.modules()] == hooks
+
+
+def test_labels_play_no_part_in_the_maps(trained):
+    lied = models.Examples(token_ids=trained.public.token_ids, labels=1 - trained.public.labels, states=trained.public.states)
+    fitter = MapFitter(trained.model, lied, num_examples=96, num_components=24, bits=8, most_blocks=2)
+    assert encode(fitter.fit(trained.theta, 5, 6)) == encode(trained.maps)
+
+
+# What slopes say of an estimate.
+
+
+def rectified(trained, report):
+    estimate = unpack_vector(report.estimate, len(trained.theta))
+    return feedback.rectified(estimate, trained.fitter.blocks, feedback.gains(report.agreement, report.energy))
+
+
+def test_slopes_confirm_good_maps(trained):
+    report = answered(trained, trained.maps)
+    found, estimate = rectified(trained, report), unpack_vector(report.estimate, len(trained.theta))
+    assert report.outcome is Outcome.OK
+    for (start, stop), agreement in zip(trained.fitter.blocks, report.agreement, strict=True):
+        part, gradient = estimate[start:stop], trained.gradient[start:stop]
+        # A slope at half-step 0.03 carries 6e-8 / 0.06 of rounding and a cubic term.
+        assert agreement == pytest.approx(float(part @ gradient), rel=0.05)
+        assert np.linalg.norm(found[start:stop] - gradient) < 0.7 * np.linalg.norm(gradient)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_blocks_of_shuffled_maps_vanish(trained, seed):
+    size = sum(layer.input_size * 24 for layer in trained.model.adapted.layers[::2])
+    size += sum(49 * layer.output_size for layer in trained.model.adapted.layers)
+    values = unpack_vector(trained.maps.values, size)
+    shuffled = replace(trained.maps, values=pack_vector(values[noise.permutation(seed, 0, size)], 32))
+    found = rectified(trained, answered(trained, shuffled))
+    for start, stop in trained.fitter.blocks:
+        assert np.linalg.norm(found[start:stop]) < 0.25 * np.linalg.norm(trained.gradient[start:stop])
+
+
+@pytest.mark.parametrize("found", [None, "older"])
+def test_a_plan_that_names_other_maps_than_the_device_holds_is_refused(trained, found):
+    held = None if found is None else replace(trained.maps, version=5)
+    with pytest.raises(ProtocolError, match=r"maps of version 6 expected, (none|version 5) found"):
+        answered(trained, held)
+
+
+@pytest.mark.parametrize("block", [(0, 0), (9, 4), (0, 1 << 32), (25_347, 25_348)])
+def test_a_block_outside_theta_is_refused(trained, block):
+    assert len(trained.theta) < 25_348
+    with pytest.raises(ProtocolError, match="blocks"):
+        answered(trained, trained.maps, blocks=[block])
+
+
+def test_a_device_with_a_zero_estimate_measures_nothing_and_stays_finite(trained):
+    report = answered(trained, None, maps_version=-1)
+    assert (report.outcome, report.agreement.tolist(), report.energy.tolist()) == (Outcome.OK, [0, 0], [0, 0])
+
+
+# Layers and blocks.
+
+
+@pytest.mark.parametrize("last_layers", [1, 2, None])
+@pytest.mark.parametrize("most", [1, 2, 4, 99])
+def test_blocks_cover_the_adapters_exactly_and_keep_an_attention_together(last_layers, most):
+    model = models.load(ModelConfig(name="tiny-llama", target_modules=("q_proj", "v_proj"), last_layers=last_layers), 2)
+    adapted, blocks = model.adapted, model.adapted.blocks(most)
+    count = len(adapted.layers) // 2
+    assert len(blocks) == min(most, count)
+    covered = [position for start, stop in blocks for position in range(start, stop)]
+    parts = [position for layer in adapted.layers for part in (layer.first, layer.second) for position in range(*part)]
+    assert covered == sorted(parts) == list(range(adapted.head.weight[0]))
+    starts = [adapted.layers[2 * index].first[0] for index in range(count)]
+    assert {start for start, _ in blocks} <= set(starts)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "targets", "is_complete"),
+    [(AdapterKind.LORA, ("q_proj", "v_proj"), True), (AdapterKind.IA3, ("k_proj", "v_proj"), False), (AdapterKind.FULL, (), False)],
+)
+def test_only_low_rank_adapters_and_a_head_are_seen_completely(adapter, targets, is_complete):
+    model = models.load(ModelConfig(name="tiny-llama", adapter=adapter, target_modules=targets), 2)
+    assert model.adapted.is_complete is is_complete
+
+
+# Whole runs.
+
+
+def tiny(**changes):
+    config = replace(cooperllm.recipe("tiny").with_arm(ArmName.FEEDBACK), engine=EngineName.LOOPBACK, num_rounds=5)
+    return replace(config, arm=replace(config.arm, map_examples=64, map_components=8, basis_size=8), **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return cooperllm.run(tiny(), tmp_path_factory.mktemp("feedback") / "whole")
+
+
+def test_the_feedback_arm_learns(whole):
+    rounds = RunDirectory(whole.path).rounds()
+    assert rounds[-1]["loss"] < rounds[0]["loss_before"]
+    assert rounds[0]["gain"] == 0  # no head to be exact about, and no maps yet
+    assert min(row["gain"] for row in rounds[1:]) > 0.5
+
+
+def test_queries_are_what_forward_passes_paid_for(whole):
+    for row in RunDirectory(whole.path).rounds():
+        assert row["forward_passes"] == 2 * row["queries"] * row["num_reports"]
+
+
+class Interrupt(Exception):  # noqa: N818 -- stands for Ctrl-C
+    pass
+
+
+def interrupt_after(number):
+    def observe(config, figures):
+        if figures["round"] == number:
+            raise Interrupt
+
+    return observe
+
+
+@pytest.mark.parametrize(("stop", "keeps_checkpoint"), [(1, True), (2, True), (2, False), (3, True), (4, False)])
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, whole, stop, keeps_checkpoint):
+    """Maps are fitted at versions 1, 2 and 4 and checkpoints written at 2 and 4: cut before, at and after both."""
+    with pytest.raises(Interrupt):
+        cooperllm.run(tiny(), tmp_path / "cut", interrupt_after(stop))
+    if not keeps_checkpoint:
+        (tmp_path / "cut" / "checkpoint.bin").unlink(missing_ok=True)
+    cut = cooperllm.resume(tmp_path / "cut")
+    assert (cut.path / "replay.log").read_bytes() == (whole.path / "replay.log").read_bytes()
+
+
+def test_the_in_process_grid_gives_the_numbers_of_the_reference(tmp_path, whole):
+    grid = cooperllm.run(tiny(engine=EngineName.GRID), tmp_path / "grid")
+    assert (grid.path / "replay.log").read_bytes() == (whole.path / "replay.log").read_bytes()
+    for key in ("bytes_down", "bytes_up", "forward_passes", "dropped_reports"):
+        assert grid.summary["arms"]["feedback"][key] == whole.summary["arms"]["feedback"][key]
+
+
+def test_adam_replays_a_feedback_run(tmp_path):
+    run = cooperllm.run(tiny(num_rounds=2, optimizer=OptimizerConfig(kind=OptimizerKind.ADAM)), tmp_path / "run")
+    files = RunDirectory(run.path)
+    replica = assemble(files).start
+    for update in files.updates():
+        replica = replay.apply(replica, update, files.config().optimizer)
+    assert replica.model_version == 2
+
+
+class Watched(Loopback):
+    """The reference link, with an eye on which orders carry maps."""
+
+    def __init__(self, devices):
+        super().__init__(devices)
+        self.maps = []
+
+    def exchange(self, orders):
+        self.maps.append({order.device_id: order.plan.maps.version for order in orders if order.plan.maps is not None})
+        return super().exchange(orders)
+
+
+def test_maps_travel_only_to_devices_that_do_not_have_them(tmp_path):
+    """Two devices that always take part, fits at versions 1, 2 and 4."""
+    config = tiny(federation=replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2))
+    assembly = assemble(RunDirectory.create(tmp_path / "run", config))
+    cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
+    results = [run_round(cloud, edges, link) for _ in range(5)]
+    assert link.maps == [{}, {0: 1, 1: 1}, {0: 2, 1: 2}, {}, {0: 4, 1: 4}]
+    saved = 2 * len(cloud.maps().values.payload)
+    assert results[2].bytes_down - results[3].bytes_down > saved
+    assert results[2].bytes_between - results[3].bytes_between > saved / 2
+
+
+@pytest.mark.parametrize(("adapter", "targets"), [(AdapterKind.IA3, ("k_proj", "v_proj")), (AdapterKind.FULL, ())])
+def test_an_adapter_that_feedback_cannot_train_is_refused_before_anything_is_written(tmp_path, adapter, targets):
+    config = tiny(model=replace(tiny().model, adapter=adapter, target_modules=targets))
+    with pytest.raises(ConfigError, match="feedback"):
+        cooperllm.run(config, tmp_path / "run")
+    measured = replace(cooperllm.recipe("tiny").with_arm(ArmName.MEASURED), model=config.model)
+    with pytest.raises(ConfigError, match="feedback"):
+        cooperllm.compare([measured, config], tmp_path / "both")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverged_feedback_run_says_so(tmp_path):
+    config = tiny()
+    config = replace(config, arm=replace(config.arm, learning_rate=1e30))
+    with pytest.raises((DivergenceError, QuorumError), match=r"diverged|non-finite loss"):
+        cooperllm.run(config, tmp_path / "run")

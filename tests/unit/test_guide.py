@@ -1,0 +1,279 @@
+"""What the cloud makes of public data: its gradient, a basis that has no opinion, and a plan that says which is which.
+
+The model is softmax regression, small enough for every gradient to be known: (softmax(W x) - onehot(y)) xᵀ.
+
+Run: pytest tests/unit/test_guide.py
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from cooperllm.algorithm import compression, noise, replay
+from cooperllm.algorithm.guidance import digest
+from cooperllm.cloud import Cloud, GuideMaker, MapFitter
+from cooperllm.config import ArmConfig, ArmName, FederationConfig, RunConfig
+from cooperllm.errors import DivergenceError
+from cooperllm.messages import EdgeReport
+
+UNIT = 2.0**-24
+CLASSES, FEATURES = 3, 2
+SIZE = CLASSES * FEATURES
+
+
+@dataclass
+class Public:
+    features: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self):
+        return len(self.labels)
+
+
+class NoLayers:
+    """Softmax regression has no adapted layer."""
+
+    def blocks(self, most):
+        return ()
+
+    def watched(self, visit):
+        return nullcontext()
+
+
+class SoftmaxRegression:
+    num_classes = CLASSES
+    adapted = NoLayers()
+
+    def batch(self, examples, indices):
+        return torch.from_numpy(examples.features[list(indices)])
+
+    def scores(self, theta, batch):
+        return batch @ theta.reshape(CLASSES, FEATURES).T
+
+
+def public_of(labels):
+    features = np.stack([noise.gaussian(6, row, FEATURES) for row in range(len(labels))])
+    return Public(features, np.array(labels, np.int64))
+
+
+def maker_of(labels, *, batch_size=64, pool_size=1):
+    return GuideMaker(SoftmaxRegression(), public_of(labels), batch_size, pool_size)
+
+
+def cloud_of(labels, config=None, rounds=0, federation=None):
+    """A cloud after some rounds of its own steps."""
+    run = RunConfig(arm=config or ArmConfig(), federation=federation or FederationConfig())
+    maker = maker_of(labels, pool_size=run.arm.pool_size)
+    fitter = MapFitter(SoftmaxRegression(), public_of(labels), num_examples=8, num_components=1, bits=8, most_blocks=1)
+    replica = replay.start(noise.gaussian(8, 0, SIZE), run.optimizer)
+    for _ in range(rounds):
+        replica = replay.step(replica, noise.gaussian(9, replica.model_version, SIZE), 0.1, run.optimizer)
+    return Cloud(run, replica, maker, fitter)
+
+
+def exact(theta, features, labels):
+    """Mean gradient in double precision."""
+    scores = features.astype(np.float64) @ theta.reshape(CLASSES, FEATURES).T.astype(np.float64)
+    error = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True) - np.eye(CLASSES)[labels]
+    return (error.T @ features / len(labels)).reshape(-1)
+
+
+def outside(vector, rows):
+    wide = rows.astype(np.float64)
+    return np.linalg.norm(vector - wide.T @ (wide @ vector)) / np.linalg.norm(vector)
+
+
+EVERY_CLASS, ONE_CLASS = [0, 1, 2] * 14, [0] * 42
+THETA = noise.gaussian(8, 0, SIZE)
+
+
+def test_the_public_gradient_is_that_of_softmax_regression():
+    public = public_of(EVERY_CLASS)
+    found, loss = maker_of(EVERY_CLASS).gradient(THETA, 3)
+    # Products, sums and an exponential of a batch of 42 in float32, each relative to a gradient of single examples of below 4.33 · 2.
+    assert np.abs(found - exact(THETA, public.features, public.labels)).max() < 50 * UNIT * 4.33 * 2
+    probabilities = torch.softmax(SoftmaxRegression().scores(torch.from_numpy(THETA), torch.from_numpy(public.features)), 1).numpy()
+    assert loss == pytest.approx(-np.log(probabilities[np.arange(42), public.labels]).mean(), rel=1e-5)
+
+
+def test_a_batch_of_public_examples_is_chosen_by_the_seed():
+    maker = maker_of(EVERY_CLASS, batch_size=4)
+    assert np.array_equal(maker.gradient(THETA, 3)[0], maker.gradient(THETA, 3)[0])
+    assert not np.array_equal(maker.gradient(THETA, 3)[0], maker.gradient(THETA, 4)[0])
+
+
+@pytest.mark.parametrize("labels", [EVERY_CLASS, ONE_CLASS], ids=["every class", "one class"])
+def test_a_basis_is_orthonormal_and_no_larger_than_the_space_of_gradients(labels):
+    """Output errors sum to 0 over 3 classes: 2 dimensions, times 2 features."""
+    basis = maker_of(labels).basis(THETA, 3, 40).astype(np.float64)
+    assert len(basis) == (CLASSES - 1) * FEATURES
+    # Gradients are float32, of which the smallest kept eigenvalue may be a share of 1e-6; here it is far larger.
+    assert np.abs(basis @ basis.T - np.eye(len(basis))).max() < 100 * UNIT
+
+
+@pytest.mark.parametrize("label", range(CLASSES))
+def test_a_basis_holds_the_gradient_of_every_class_even_of_those_that_public_data_lack(label):
+    """With the public labels themselves, all of class 0, it would hold no gradient of class 2."""
+    basis = maker_of(ONE_CLASS).basis(THETA, 3, 40)
+    unseen = noise.gaussian(77, 0, FEATURES)[None]
+    assert outside(exact(THETA, unseen, [label]), basis) < 100 * UNIT
+
+
+def test_gradients_with_the_public_labels_would_not_span_the_missing_classes():
+    """The same texts under their own labels leave out most of such a gradient: the test above is no truism. At θ = 0 all
+    output errors of class 0 are one vector, at a right angle to no other class's: cos² = 1/4."""
+    theta, public = np.zeros(SIZE, np.float32), public_of(ONE_CLASS)
+    own = np.stack([exact(theta, public.features[i : i + 1], [0]) for i in range(40)])
+    rows = np.linalg.svd(own, full_matrices=False)[2][:FEATURES]
+    unseen = exact(theta, noise.gaussian(77, 0, FEATURES)[None], [2])
+    assert outside(unseen, rows) == pytest.approx(np.sqrt(3 / 4), rel=1e-6)
+
+
+def test_a_basis_does_not_depend_on_public_labels():
+    assert np.array_equal(maker_of(EVERY_CLASS).basis(THETA, 3, 9), maker_of(ONE_CLASS).basis(THETA, 3, 9))
+
+
+def test_a_basis_has_at_most_one_row_per_example():
+    maker = maker_of(EVERY_CLASS)
+    assert [len(maker.basis(THETA, 3, count)) for count in (1, 2, 4, 42, 1000)] == [1, 2, 4, 4, 4]
+
+
+def test_a_basis_is_chosen_by_the_seed_and_moves_nothing():
+    maker, theta = maker_of(EVERY_CLASS), THETA.copy()
+    assert np.array_equal(maker.basis(theta, 3, 2), maker.basis(theta, 3, 2))
+    assert not np.array_equal(maker.basis(theta, 3, 2), maker.basis(theta, 4, 2))
+    assert np.array_equal(theta, THETA)
+    assert maker.pool() == ()
+
+
+def test_a_basis_at_a_point_without_gradients_is_empty():
+    public = Public(np.zeros((5, FEATURES), np.float32), np.zeros(5, np.int64))
+    assert GuideMaker(SoftmaxRegression(), public, 4, 1).basis(THETA, 3, 5).shape == (0, SIZE)
+
+
+def test_the_pool_keeps_the_newest_gradients_first():
+    maker = maker_of(EVERY_CLASS, batch_size=4, pool_size=2)
+    made = [maker.gradient(THETA, seed)[0] for seed in range(3)]
+    assert np.array_equal(maker.pool(), [made[2], made[1]])
+    other = maker_of(EVERY_CLASS, batch_size=4, pool_size=2)
+    other.restore(maker.pool())
+    other.gradient(THETA, 7)
+    maker.gradient(THETA, 7)
+    assert np.array_equal(other.pool(), maker.pool())
+
+
+def test_a_missing_class_is_noticed():
+    assert maker_of(EVERY_CLASS).has_every_class
+    assert not maker_of(ONE_CLASS).has_every_class
+
+
+# The plan made of it
+
+
+def test_a_plan_names_the_bits_of_its_decoded_directions():
+    prepared = cloud_of(EVERY_CLASS, rounds=2).plan()
+    plan, public = prepared.plan, prepared.public
+    column, *rows = compression.unpack(plan.guide.payload, SIZE)
+    assert plan.guide.num_columns == 1
+    assert plan.num_columns == len(public.span) == 2, "momentum and the public gradient"
+    assert np.array_equal(list(public.basis), rows)
+    assert plan.guide_hash == digest(public.span, *rows)
+    assert outside(column.astype(np.float64), public.span) < 100 * UNIT
+
+
+def test_predictions_are_the_public_gradient_along_the_decoded_columns():
+    cloud = cloud_of(EVERY_CLASS, rounds=2)
+    prepared = cloud.plan()
+    public = public_of(EVERY_CLASS)
+    expected = prepared.public.span @ exact(cloud.replica.theta, public.features, public.labels)
+    assert np.abs(prepared.public.predicted - expected).max() < 60 * UNIT * 4.33 * 2
+
+
+def test_a_basis_takes_part_in_every_other_round():
+    """Where public texts reach nothing, isotropic probes must have their turn."""
+    counts = [len(cloud_of(EVERY_CLASS, rounds=rounds).plan().public.basis) for rounds in range(4)]
+    assert counts == [4, 0, 4, 0]
+    plans = [cloud_of(EVERY_CLASS, rounds=rounds).plan().plan for rounds in (0, 1)]
+    assert [plan.probes.blend for plan in plans] == [0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_columns", "has_momentum", "num_rows"),
+    [
+        ({"queries": 1}, 1, False, 0),
+        ({"queries": 2}, 1, True, 0),
+        ({"queries": 3}, 1, True, 4),
+        ({"basis_size": 0}, 1, True, 0),
+        ({"basis_size": 2}, 1, True, 2),
+        ({"name": ArmName.PAPER}, 1, False, 0),
+        ({"name": ArmName.CLOUD_ONLY}, 1, False, 0),
+    ],
+    ids=str,
+)
+def test_a_guide_holds_no_more_than_the_queries_can_measure(changes, num_columns, has_momentum, num_rows):
+    prepared = cloud_of(EVERY_CLASS, ArmConfig(**changes), rounds=2).plan()
+    guide = prepared.plan.guide
+    assert (guide.num_columns, guide.has_momentum, len(prepared.public.basis)) == (num_columns, has_momentum, num_rows)
+
+
+@pytest.mark.parametrize("name", [ArmName.MEZO_FL, ArmName.DECOMFL, ArmName.FEDAVG_BP])
+def test_an_arm_without_a_cloud_gets_no_guide(name):
+    prepared = cloud_of(EVERY_CLASS, ArmConfig(name=name)).plan()
+    assert prepared.plan.guide is prepared.public_loss is None
+    assert (prepared.plan.guide_version, prepared.plan.num_columns, len(prepared.public.basis)) == (-1, 0, 0)
+    assert prepared.plan.guide_hash == digest(np.zeros((0, SIZE), np.float32))
+
+
+def answered(prepared):
+    """Devices of which every one saw the slope 1 everywhere."""
+    plan, nothing = prepared.plan, np.zeros(0, np.float32)
+    ones = np.ones(plan.num_columns, np.float32)
+    return EdgeReport(
+        edge_id=0,
+        round_index=plan.round_index,
+        num_devices=5,
+        num_examples=80,
+        dropped={},
+        column_slopes=ones,
+        column_squares=ones,
+        random_slopes=(),
+        estimate=None,
+        agreement=nothing,
+        energy=nothing,
+        forward_passes=0,
+    )
+
+
+def test_a_cloud_that_lacks_a_class_sends_no_directions_and_has_no_vote():
+    """They push the missing class's score down, round after round."""
+    whole, partial = (cloud_of(labels, ArmConfig(public_weight=0.5), rounds=2).plan().plan for labels in (EVERY_CLASS, ONE_CLASS))
+    assert whole.guide is not None
+    assert whole.guide.num_columns == 1
+    assert partial.guide is None
+    assert partial.probes.blend is None
+    assert partial.probes.num_random == whole.num_columns + whole.probes.num_random
+
+
+@pytest.mark.parametrize("name", [ArmName.PAPER, ArmName.CLOUD_ONLY])
+def test_arms_that_know_nothing_of_classes_keep_their_gradient(name):
+    assert cloud_of(ONE_CLASS, ArmConfig(name=name)).plan().plan.guide.num_columns == 1
+
+
+def test_a_step_in_full_travels_without_the_guide():
+    """The guide of the default arm serves the round only: a log that kept it would be many times as long."""
+    cloud = cloud_of(EVERY_CLASS, rounds=2)
+    prepared = cloud.plan()
+    update = cloud.close(prepared, [answered(prepared)]).update
+    assert update.guide is None
+    assert len(compression.unpack_vector(update.dense, SIZE)) == SIZE
+    assert len(update.column_coefficients) == 0
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_a_sentence():
+    cloud = cloud_of(EVERY_CLASS)
+    cloud.replica = replace(cloud.replica, theta=np.full(SIZE, np.nan, np.float32))
+    with pytest.raises(DivergenceError, match="the public gradient is not finite"):
+        cloud.plan()
