@@ -236,8 +236,7 @@ class ArmConfig:
         random_scale: Half-step μ along a standard normal direction, > 0.
         guide_bits: Bits per entry of packed columns and maps: 4, 8 or 32.
         public_batch_size: Public examples per round, >= 1.
-        basis_size: Measured arm: public examples whose gradients random probes are mixed from in every other round, 0 to 1000; 0 leaves
-            all random probes isotropic.
+        basis_size: Measured arm: public examples whose gradients random probes are mixed from, 0 to 1000; 0 leaves them isotropic.
         effective_rank: Measured arm: rank r that shrinks P isotropic probes by P/(P+r), >= 0.
         public_weight: Measured arm: weight λ of the cloud's own gradient along the columns, in [0, 1]; it counts as 0 where the public
             data lack a class.

@@ -32,7 +32,7 @@ class Recipe:
 
     config: RunConfig
     arms: Mapping[ArmName, ArmConfig]
-    compared: tuple[ArmName, ...] = (ArmName.MEASURED, ArmName.PAPER, ArmName.MEZO_FL, ArmName.CLOUD_ONLY)
+    compared: tuple[ArmName, ...] = (ArmName.FEEDBACK, ArmName.MEASURED, ArmName.PAPER, ArmName.MEZO_FL, ArmName.CLOUD_ONLY)
     needs_data_directory: bool = False
 
     def with_arm(self, name: ArmName) -> RunConfig:
@@ -46,7 +46,7 @@ def demo(_data_directory: str = "") -> Recipe:
     # The same words praise a camera and damn a hotel here: the cloud's own gradient gets no say beside what the devices measure.
     arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], public_weight=0.0)
     config = RunConfig(
-        recipe="demo", federation=FederationConfig(dirichlet_alpha=5.0), num_rounds=50, evaluate_every=10, arm=arms[ArmName.MEASURED]
+        recipe="demo", federation=FederationConfig(dirichlet_alpha=5.0), num_rounds=30, evaluate_every=5, arm=arms[ArmName.MEASURED]
     )
     return Recipe(config=config, arms=arms)
 

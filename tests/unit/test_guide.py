@@ -192,12 +192,11 @@ def test_predictions_are_the_public_gradient_along_the_decoded_columns():
     assert np.abs(prepared.public.predicted - expected).max() < 60 * UNIT * 4.33 * 2
 
 
-def test_a_basis_takes_part_in_every_other_round():
-    """Where public texts reach nothing, isotropic probes must have their turn."""
-    counts = [len(cloud_of(EVERY_CLASS, rounds=rounds).plan().public.basis) for rounds in range(4)]
-    assert counts == [4, 0, 4, 0]
-    plans = [cloud_of(EVERY_CLASS, rounds=rounds).plan().plan for rounds in (0, 1)]
-    assert [plan.probes.blend for plan in plans] == [0.0, None]
+def test_every_round_has_a_fresh_basis_and_probes_mixed_from_it():
+    plans = [cloud_of(EVERY_CLASS, rounds=rounds).plan() for rounds in (0, 1)]
+    assert [len(prepared.public.basis) for prepared in plans] == [4, 4]
+    assert [prepared.plan.probes.blend for prepared in plans] == [0.0, 0.0]
+    assert plans[0].plan.guide_hash != plans[1].plan.guide_hash
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ A single public direction traps a run under shift: it stops where public and pri
 wider. Columns: the server's momentum, which costs no byte since every replica holds it, and the public gradient. Basis: gradients of single
 public examples under labels drawn at random (`cloud.guide`), so it is where gradients of such texts lie, whatever the labels say and
 whichever class is missing. Inside it P probes see P of K dimensions instead of P of n: K E[z zᵀ] is the projector onto V, and the best
-multiple of the estimate is P/(P+K). What public texts do not reach at all is left to isotropic probes z ~ N(0, I), which take the place of
-(2) in every other round, with the effective rank r of the landscape in the place of K and 1 in the place of the factor K in (4).
+multiple of the estimate is P/(P+K). Without a basis probes are isotropic, z ~ N(0, I), with the effective rank r of the landscape in the
+place of K in w, and 1 in the place of the factor K in (4).
 
 Random probes may start before the guide has arrived, because (3) removes what they saw inside the span afterwards. λ is the paper's
 constant weight on the cloud's own gradient. A cloud that lacks a class sends no directions at all (`cloud.state`): they would be worse than

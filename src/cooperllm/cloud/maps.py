@@ -3,7 +3,7 @@
 No label is used. Three quarters of the texts are fitted on, one quarter chooses the ridge strength, and the last fit is on all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +27,11 @@ HELD_OUT_EVERY = 4
 @runtime_checkable
 class WatchedLayers(Protocol):
     """Adapted layers that hand over their inputs and outputs; `cooperllm.adapted_layers.AdaptedLayers` is one."""
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The layers, each with an `output_size`."""
+        ...
 
     def blocks(self, most: int) -> tuple[tuple[int, int], ...]:
         """Divides the adapted part of θ."""
@@ -86,25 +91,32 @@ class MapFitter:
         starts = range(0, len(chosen), FIT_BATCH)
         batches = [self._model.batch(self._public, chosen[start : start + FIT_BATCH]) for start in starts]
         contrasts, basis_of_layer, bases = self._describe(point, batches)
-        num_layers = len(basis_of_layer)
-        sums: list[list[Moments]] = [[], []]
+        kept, held_out = (
+            [
+                Moments.zero(1 + 2 * bases[basis].shape[1], len(contrasts), layer.output_size)
+                for basis, layer in zip(basis_of_layer, self._model.adapted.layers, strict=True)
+            ]
+            for _ in range(2)
+        )
         for position, batch in enumerate(batches):
-            half = sums[position % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
-            mask = batch.mask.numpy()
-            tokens = feedback.tokens(mask)
-            inputs, jacobians = self._jacobians(point, batch, contrasts)
-            if not half:
-                half += [
-                    Moments.zero(1 + 2 * bases[basis_of_layer[i]].shape[1], len(contrasts), jacobians[0][i].shape[-1])
-                    for i in range(num_layers)
-                ]
-            lengths = tokens.lengths[tokens.owner][:, None].astype(np.float32)
-            for layer, basis in enumerate(basis_of_layer):
-                described = feedback.features(inputs[layer][mask > 0], tokens, bases[basis])
-                half[layer].add(described, [lengths * of_contrast[layer][mask > 0] for of_contrast in jacobians])
-        kept, held_out = sums[0], sums[1] or sums[0]
-        maps = [feedback.fit(one, other)[0] for one, other in zip(kept, held_out, strict=True)]
+            sums = held_out if position % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else kept
+            for layer, (described, targets) in enumerate(self._examples(point, batch, contrasts, basis_of_layer, bases)):
+                sums[layer].add(described, targets)
+        judges = held_out if len(batches) >= HELD_OUT_EVERY else kept
+        maps = [feedback.fit(one, other)[0] for one, other in zip(kept, judges, strict=True)]
         return pack_maps(version, contrasts, basis_of_layer, bases, maps, self._bits)
+
+    def _examples(
+        self, point: torch.Tensor, batch: Any, contrasts: np.ndarray, basis_of_layer: Sequence[int], bases: Sequence[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """Features and targets of each layer's tokens: T times the Jacobian of each contrast."""
+        is_token = batch.mask.numpy() > 0
+        tokens = feedback.tokens(batch.mask.numpy())
+        lengths = tokens.lengths[tokens.owner][:, None].astype(np.float32)
+        inputs, jacobians = self._jacobians(point, batch, contrasts)
+        for layer, basis in enumerate(basis_of_layer):
+            described = feedback.features(inputs[layer][is_token], tokens, bases[basis])
+            yield described, [lengths * of_contrast[layer][is_token] for of_contrast in jacobians]
 
     def _describe(self, point: torch.Tensor, batches: Sequence[Any]) -> tuple[np.ndarray, list[int], list[np.ndarray]]:
         """Contrasts from public scores, and a basis for each different input, from the first batches."""

@@ -92,7 +92,7 @@ class Cloud:
         """
         config, round_index = self.config, self.replica.model_version
         seed = noise.derive(config.seed, round_index)
-        guide, gradient, public_loss = self._make_guide(seed, with_basis=round_index % 2 == 0)
+        guide, gradient, public_loss = self._make_guide(seed)
         span, basis = replay.span(self.replica, guide), list(replay.probe_basis(guide, len(self.replica.theta)))
         predicted = np.array([dot(column, gradient) for column in span], np.float32)
         probes = self._arm.probes(self._arm_config, len(span), len(basis))
@@ -206,7 +206,7 @@ class Cloud:
         if self._arm.has_maps and feedback.is_refresh(version, self.config.arm.map_refresh):
             self._unfitted = (version, self.replica.theta)
 
-    def _make_guide(self, seed: int, *, with_basis: bool) -> tuple[Guide | None, Float32[np.ndarray, "n"], float | None]:
+    def _make_guide(self, seed: int) -> tuple[Guide | None, Float32[np.ndarray, "n"], float | None]:
         config, theta, free = self._arm_config, self.replica.theta, self._arm.free_queries(self._arm_config)
         # Gradients of data without a class push its score down, and hold nothing of what tells it from others: seen to be worse than none.
         is_partial = self._arm.has_basis and not self._guide_maker.has_every_class
@@ -220,7 +220,7 @@ class Cloud:
             )
         columns = np.stack(self._guide_maker.pool())
         has_momentum = self._arm.has_momentum and free > len(columns)
-        mixes = with_basis and self._arm.has_basis and free > len(columns) + has_momentum and config.basis_size > 0
+        mixes = self._arm.has_basis and free > len(columns) + has_momentum and config.basis_size > 0
         basis = self._guide_maker.basis(theta, seed, config.basis_size) if mixes else columns[:0]
         payload = compression.pack(np.concatenate([columns, basis]), config.guide_bits)
         return Guide(payload=payload, num_columns=len(columns), has_momentum=has_momentum), gradient, loss
