@@ -198,12 +198,11 @@ class Model:
             The batch.
         """
         missing = [index for index in dict.fromkeys(indices) if index not in examples.states]
-        if self._prefix is not None and missing:
-            tokens = self._pad(examples, missing)
+        for index in missing if self._prefix is not None else ():
+            # Alone, since the last bits depend on what shares a pass: a resumed run must find the states of the first one.
+            tokens = self._pad(examples, [index])
             with torch.no_grad():
-                states = self._prefix.compute(self._network, tokens.token_ids, tokens.mask)
-            for row, index in enumerate(missing):
-                examples.states[index] = states[row, : len(examples.token_ids[index])].clone()
+                examples.states[index] = self._prefix.compute(self._network, tokens.token_ids, tokens.mask)[0].clone()
         batch = self._pad(examples, indices)
         if self._prefix is None:
             return batch

@@ -276,7 +276,6 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
         "public_loss": result.public_loss,
         **dict.fromkeys(("rho", "weight", "shrinkage", "span_energy", "slope_variance", "gain")),
         **closed.observed,
-        "num_columns": len(closed.update.column_coefficients),
         "queries": result.queries,
         "forward_passes": result.forward_passes,
         "bytes_down": result.bytes_down,

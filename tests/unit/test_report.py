@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from cooperllm.config import ArmName
 from cooperllm.report import arms_table, verdict, write_page, write_plots
 from cooperllm.report.plots import CHARTS, STYLES, _draw_arm
 from cooperllm.report.table import arm_rows, format_bytes, headings
@@ -144,7 +145,8 @@ def test_a_cost_of_nothing_is_a_level_and_never_a_point_on_a_logarithmic_axis():
 
 
 def test_no_two_arms_share_a_line():
-    assert len({(style.color, style.dashes) for style in STYLES.values()}) == len(STYLES) == 6
+    assert set(STYLES) == {name.value for name in ArmName}
+    assert len({(style.color, style.dashes) for style in STYLES.values()}) == len(STYLES)
 
 
 def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path, monkeypatch):

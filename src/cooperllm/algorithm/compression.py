@@ -10,6 +10,7 @@ Layout, little endian: magic "CG", version, bits, number of columns u32, length 
 Dimension key: k columns, n trainable parameters.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from copy import copy
@@ -54,8 +55,7 @@ def pack(columns: Float32[np.ndarray, "k n"], bits: int) -> bytes:
     num_columns, size = columns.shape
     parts = [HEADER.pack(b"CG", 1, bits, num_columns, size)]
     for column in columns:
-        largest = np.abs(column).max(initial=0)
-        unit = column / largest if largest > 0 else column
+        unit = column / np.float32(_unit_of(column, bits))
         parts.append(unit.astype("<f4").tobytes() if bits == EXACT else _quantise(unit, bits))
     return b"".join(parts)
 
@@ -141,7 +141,7 @@ def pack_vector(vector: Float32[np.ndarray, "n"], bits: int) -> Packed:
         >>> unpack_vector(pack_vector(np.array([2.0, -4.0], np.float32), 32), 2)
         array([ 2., -4.], dtype=float32)
     """
-    return Packed(scale=float(np.abs(vector).max(initial=0)), payload=pack(vector[None], bits))
+    return Packed(scale=_unit_of(vector, bits) if vector.any() else 0.0, payload=pack(vector[None], bits))
 
 
 def unpack_vector(packed: Packed, size: int) -> Float32[np.ndarray, "n"]:
@@ -187,6 +187,12 @@ def packed_bytes(num_columns: int, size: int, bits: int) -> int:
     """
     per_column = 4 * size if bits == EXACT else 2 * -(-size // BLOCK) + -(-size * bits // 8)
     return HEADER.size + num_columns * per_column
+
+
+def _unit_of(column: Float32[np.ndarray, "n"], bits: int) -> float:
+    """What a column is divided by: its largest entry, or the power of two above it where nothing may be rounded."""
+    largest = float(np.abs(column).max(initial=0)) or 1.0
+    return largest if bits != EXACT else math.ldexp(1.0, math.frexp(largest)[1])
 
 
 def _quantise(unit: Float32[np.ndarray, "n"], bits: int) -> bytes:

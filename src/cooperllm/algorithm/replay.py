@@ -116,7 +116,10 @@ def span(replica: Replica, guide: Guide | None) -> Float32[np.ndarray, "k n"]:
     if guide is None:
         return np.zeros((0, size), np.float32)
     momentum = [replica.moments[0]] if guide.has_momentum else []
-    return orthonormalise([*momentum, *compression.Rows(guide.payload, size)[: guide.num_columns]], size)
+    rows = compression.Rows(guide.payload, size)
+    if guide.num_columns > len(rows):
+        raise DecodeError(f"guide: {guide.num_columns} columns announced, {len(rows)} found")
+    return orthonormalise([*momentum, *rows[: guide.num_columns]], size)
 
 
 def probe_basis(guide: Guide | None, size: int) -> Sequence[np.ndarray]:

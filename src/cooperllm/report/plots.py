@@ -34,14 +34,15 @@ class Chart(NamedTuple):
 
 # Okabe and Ito's colours, distinct to colour-blind readers; dashes tell arms apart in print.
 STYLES = {
-    "measured": Style("#D55E00", 2.6),
+    "feedback": Style("#E69F00", 2.6),
+    "measured": Style("#D55E00", 2.2, (9, 1)),
     "paper": Style("#0072B2", 1.8, (6, 1.5, 1, 1.5)),
     "mezo-fl": Style("#009E73", 1.8, (3.5, 1.2)),
     "decomfl": Style("#CC79A7", 1.8, (4, 1.2, 1, 1.2, 1, 1.2)),
     REFERENCE: Style("#222222", 1.8, (1, 1.5)),
     "fedavg-bp": Style("#888888", 1.8, (7, 2.5)),
 }
-FALLBACK = Style("#E69F00", 1.8)
+FALLBACK = Style("#56B4E9", 1.8)
 
 CHARTS = (
     Chart("accuracy_by_rounds.png", "rounds"),
