@@ -29,7 +29,7 @@ from cooperllm.session import rounds_to
 TASKS = ("sentiment-shift", "missing-topics")
 GRIDS = {
     ArmName.MEZO_FL: (0.001, 0.002, 0.004),
-    ArmName.FEEDBACK: (0.03, 0.06, 0.12),
+    ArmName.FEEDBACK: (0.015, 0.03, 0.06),
     ArmName.MEASURED: (0.03, 0.06, 0.12),
     ArmName.CLOUD_ONLY: (0.03, 0.06, 0.12),
     ArmName.PAPER: (0.05, 0.1, 0.2),
@@ -114,7 +114,7 @@ def work_on(job: Job, arguments: argparse.Namespace) -> None:
 
 def tuned(task: str, arm: ArmName, arguments: argparse.Namespace) -> tuple[float, list[float]]:
     """Chooses the learning rate on the validation split, first seed, and returns it with every rate tried."""
-    rates = list(GRIDS[arm])
+    rates = _tried(task, arm, arguments) if arguments.report_only else list(GRIDS[arm])
     while True:
         jobs = [Job(task, arm, rate, arguments.seeds[0]) for rate in rates]
         with ThreadPoolExecutor(arguments.processes) as pool:
@@ -124,6 +124,13 @@ def tuned(task: str, arm: ArmName, arguments: argparse.Namespace) -> tuple[float
         if rates[0] < best < rates[-1] or len(rates) == WIDEST or arguments.report_only:
             return best, rates
         rates = [*rates, 2 * best] if best == rates[-1] else [best / 2, *rates]
+
+
+def _tried(task: str, arm: ArmName, arguments: argparse.Namespace) -> list[float]:
+    """Learning rates that have a run, of the first seed."""
+    ending = f"-seed{arguments.seeds[0]}"
+    paths = (arguments.work / task).glob(f"{arm.value}-*{ending}/rounds.jsonl")
+    return sorted(float(path.parent.name.removeprefix(f"{arm.value}-").removesuffix(ending)) for path in paths)
 
 
 def results(task: str, found: dict[ArmName, tuple[float, list[float]]], arguments: argparse.Namespace) -> dict[str, object]:

@@ -108,6 +108,13 @@ class Feedback:
     bits: Count
     slope_scale: Annotated[float, Meta(gt=0)]
 
+    def __post_init__(self) -> None:
+        if self.bits not in {4, 8, 32}:
+            raise ValueError(f"feedback: {self.bits} bits found, 4, 8 or 32 expected")
+        edges = [0, *(edge for block in self.blocks for edge in block)]
+        if edges != sorted(edges) or any(start == stop for start, stop in self.blocks):
+            raise ValueError(f"feedback: blocks {self.blocks} found, ranges in order that share no position expected")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probes:

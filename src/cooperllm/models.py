@@ -197,15 +197,15 @@ class Model:
         Returns:
             The batch.
         """
-        missing = [index for index in dict.fromkeys(indices) if index not in examples.states]
-        for index in missing if self._prefix is not None else ():
-            # Alone, since the last bits depend on what shares a pass: a resumed run must find the states of the first one.
-            tokens = self._pad(examples, [index])
-            with torch.no_grad():
-                examples.states[index] = self._prefix.compute(self._network, tokens.token_ids, tokens.mask)[0].clone()
         batch = self._pad(examples, indices)
         if self._prefix is None:
             return batch
+        for index in indices:
+            if index not in examples.states:
+                # Alone, since the last bits depend on what shares a pass: a resumed run must find the states of the first one.
+                one = self._pad(examples, [index])
+                with torch.no_grad():
+                    examples.states[index] = self._prefix.compute(self._network, one.token_ids, one.mask)[0].clone()
         states = nn.utils.rnn.pad_sequence([examples.states[index] for index in indices], batch_first=True)
         return Batch(token_ids=batch.token_ids, mask=batch.mask, labels=batch.labels, states=states)
 

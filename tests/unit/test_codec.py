@@ -310,6 +310,15 @@ def test_a_blend_at_the_edge_of_its_domain_arrives(blend):
     assert decode(damaged(plan(), probes=probes | {"blend": blend}), Plan).probes.blend == blend
 
 
+@pytest.mark.parametrize("changes", [{"bits": 5}, {"blocks": ((4, 4),)}, {"blocks": ((0, 5), (4, 9))}, {"blocks": ((3, 2),)}], ids=str)
+def test_a_request_for_feedback_that_makes_no_sense_is_refused_on_arrival(changes):
+    sensible = Feedback(maps_version=1, blocks=((0, 4), (4, 9)), bits=8, slope_scale=0.1)
+    assert decode(encode(sensible), Feedback) == sensible
+    plain = msgspec.to_builtins(sensible) | changes
+    with pytest.raises(DecodeError, match="feedback"):
+        decode(msgspec.msgpack.encode(plain), Feedback)
+
+
 def test_one_kind_of_message_is_not_another():
     refuses(encode(plan()), Update)
     refuses(encode(update()), Plan)

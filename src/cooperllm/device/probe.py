@@ -146,7 +146,7 @@ def _rectify(
     estimate: Float32[np.ndarray, "n"], asked: Feedback, replica: Replica, runtime: Runtime, chosen: list[int]
 ) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b"]]:
     """Measures <g, ê_b> along each block of an estimate, `algorithm.feedback`, eq. (6)."""
-    if any(not start < stop <= len(estimate) for start, stop in asked.blocks):
+    if any(stop > len(estimate) for _, stop in asked.blocks):
         raise ProtocolError(f"feedback: blocks {asked.blocks} found, ranges of {len(estimate)} parameters expected")
     lengths = np.array([np.sqrt(guidance.dot(estimate[a:b], estimate[a:b])) for a, b in asked.blocks], np.float32)
 
