@@ -144,6 +144,12 @@ def test_a_cost_of_nothing_is_a_level_and_never_a_point_on_a_logarithmic_axis():
     assert drawn(by_bytes, "measured", MEASURED)[0] == [500, 1000, 1500, 2000]
 
 
+@pytest.mark.parametrize(("arms", "lead"), [("feedback measured paper", "feedback"), ("paper measured", "measured"), ("paper", "paper")])
+def test_the_verdict_is_about_our_own_arm(arms, lead):
+    summary = {"arms": {name: {"final_accuracy": 0.5, "rounds": 1, "forward_passes": 1} for name in arms.split()}}
+    assert verdict(summary).startswith(f"{lead} ends at")
+
+
 def test_no_two_arms_share_a_line():
     assert set(STYLES) == {name.value for name in ArmName}
     assert len({(style.color, style.dashes) for style in STYLES.values()}) == len(STYLES)

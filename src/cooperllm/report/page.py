@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cooperllm.report.plots import CHARTS, FALLBACK, STYLES, replace_file
 from cooperllm.report.table import BOUND_MARK, Summary, arm_rows, final_accuracies, format_number, format_percent, headings
 
-LEAD = "measured"
+LEADS = ("feedback", "measured")
 UNGUIDED = "mezo-fl"
 
 
@@ -52,7 +52,7 @@ def write_page(summary: Summary, directory: Path, plots: Sequence[Path]) -> Path
 def verdict(summary: Summary) -> str:
     """Says in one sentence how the run ended.
 
-    The lead is the measured arm, or without it the best arm that does not back-propagate on devices. Its rounds are compared with
+    The lead is our own arm, or without one the best that does not back-propagate on devices. Its rounds are compared with
     the round in which the unguided arm itself first reached its final accuracy, not with that arm's last round.
 
     Args:
@@ -69,7 +69,8 @@ def verdict(summary: Summary) -> str:
     if not finals:
         return "No arm has finished yet."
     forward_only = [name for name in finals if not arms[name].get("uses_back_propagation_on_devices")]
-    lead = LEAD if LEAD in finals else max(forward_only or finals, key=lambda name: finals[name])
+    best = max(forward_only or finals, key=lambda name: finals[name])
+    lead = next((name for name in LEADS if name in finals), best)
     others = sorted(finals.keys() - {lead}, key=lambda name: (-finals[name], name))
     sentence = f"{lead} ends at {format_percent(finals[lead])}"
     if others:
