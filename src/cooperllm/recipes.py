@@ -46,7 +46,7 @@ def demo(_data_directory: str = "") -> Recipe:
     # The same words praise a camera and damn a hotel here: the cloud's own gradient gets no say beside what the devices measure.
     arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], public_weight=0.0)
     config = RunConfig(
-        recipe="demo", federation=FederationConfig(dirichlet_alpha=5.0), num_rounds=30, evaluate_every=5, arm=arms[ArmName.MEASURED]
+        recipe="demo", federation=FederationConfig(dirichlet_alpha=5.0), num_rounds=25, evaluate_every=5, arm=arms[ArmName.MEASURED]
     )
     return Recipe(config=config, arms=arms)
 
