@@ -53,7 +53,7 @@ def demo(_data_directory: str = "") -> Recipe:
 
 def sentiment_shift(data_directory: str = "data") -> Recipe:
     """Product reviews at the cloud (customer_reviews), film sentences on the devices (sst2): a shift of domain."""
-    arms = _arms(feedback=0.03, measured=0.06, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.06, fedavg_bp=0.03)
+    arms = _arms(feedback=0.06, measured=0.12, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.06, fedavg_bp=0.06)
     data = DataConfig(public=SourceConfig(name=f"{data_directory}/customer_reviews"), private=SourceConfig(name=f"{data_directory}/sst2"))
     config = RunConfig(recipe="sentiment-shift", data=data, num_rounds=200, arm=arms[ArmName.MEASURED])
     return Recipe(config=config, arms=arms, needs_data_directory=True)
@@ -61,7 +61,7 @@ def sentiment_shift(data_directory: str = "data") -> Recipe:
 
 def missing_topics(data_directory: str = "data") -> Recipe:
     """News topics (ag_news) of which the cloud has seen two of four: missing classes."""
-    arms = _arms(feedback=0.03, measured=0.06, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, cloud_only=0.03, fedavg_bp=0.03)
+    arms = _arms(feedback=0.03, measured=0.08, paper=0.1, mezo_fl=1e-3, decomfl=1e-3, cloud_only=0.01, fedavg_bp=0.015)
     source = SourceConfig(name=f"{data_directory}/ag_news")
     public = replace(source, keep_labels=("0", "1"), max_examples=400)
     config = RunConfig(recipe="missing-topics", data=DataConfig(public=public, private=source), num_rounds=200, arm=arms[ArmName.MEASURED])
