@@ -220,7 +220,8 @@ def main() -> None:
     arms = [arm for arm in GRIDS if arm.value in arguments.arms]
     tables = {}
     for task in arguments.tasks:
-        tables[task] = results(task, {arm: tuned(task, arm, arguments) for arm in arms}, arguments)
+        present = [arm for arm in arms if not arguments.report_only or _tried(task, arm, arguments)]
+        tables[task] = results(task, {arm: tuned(task, arm, arguments) for arm in present}, arguments)
         name = f"convergence_minilm_{platform.machine()}_{datetime.date.today()}"
         arguments.results.mkdir(parents=True, exist_ok=True)
         (arguments.results / f"{name}.json").write_text(json.dumps(tables, indent=1) + "\n")
