@@ -5,6 +5,7 @@ Run: pytest tests/property/test_round_trips.py
 
 import dataclasses
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -81,7 +82,9 @@ MATRICES = st.tuples(st.integers(0, 3), st.integers(0, 3)).flatmap(
     lambda shape: arrays.arrays(np.float32, shape, elements=st.floats(width=32))
 )
 MAPS = fields_of(Maps, version=COUNTS, contrasts=MATRICES, basis_of_layer=few(COUNTS), num_components=COUNTS, values=PACKED)
-FEEDBACK = fields_of(Feedback, maps_version=VERSIONS, blocks=few(st.tuples(COUNTS, COUNTS)), bits=COUNTS, slope_scale=POSITIVE)
+EDGES = st.lists(COUNTS, max_size=5, unique=True).map(sorted)
+BLOCKS = EDGES.map(lambda edges: tuple(pairwise(edges)))
+FEEDBACK = fields_of(Feedback, maps_version=VERSIONS, blocks=BLOCKS, bits=st.sampled_from([4, 8, 32]), slope_scale=POSITIVE)
 PROBES = fields_of(
     Probes,
     measures_columns=st.booleans(),

@@ -76,8 +76,8 @@ def random_directions(
     Example:
         >>> from cooperllm.messages import Grouping
         >>> probes = Probes(measures_columns=False, num_random=2, grouping=Grouping.DEVICE, column_scale=1.0, random_scale=1.0, blend=0.0)
-        >>> [abs(direction).round(3).tolist() for direction in random_directions(7, 0, probes, list(np.eye(2, dtype=np.float32)), 2)]
-        [[0.707, 0.707], [0.707, 0.707]]
+        >>> [float(direction @ direction) for direction in random_directions(7, 0, probes, [np.ones(4, np.float32)], 4)]
+        [1.0, 1.0]
     """
     indices = probe_indices(group, probes.num_random)
     if probes.blend is None:
