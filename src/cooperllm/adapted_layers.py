@@ -6,7 +6,7 @@ gradients on, the cloud cuts the graph at their outputs and asks for exact Jacob
 Dimension key: B examples, T tokens, H and D input and output size, r rank.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -65,15 +65,13 @@ class AdaptedLayers:
         is_complete: Whether every trained parameter belongs to one of them.
     """
 
-    def __init__(self, network: nn.Module, names: Sequence[str], sizes: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, ranges: Mapping[str, tuple[int, int]]) -> None:
         self._network = network
-        starts = [sum(sizes[:position]) for position in range(len(sizes))]
-        ranges = {name: (start, start + size) for name, start, size in zip(names, starts, sizes, strict=True)}
-        paths = [name.removesuffix(".lora_A.default.weight") for name in names if name.endswith(".lora_A.default.weight")]
+        paths = [name.removesuffix(".lora_A.default.weight") for name in ranges if name.endswith(".lora_A.default.weight")]
         self.layers = tuple(self._layer(path, ranges) for path in paths)
         weight, bias = ranges.get(f"{HEAD}.weight"), ranges.get(f"{HEAD}.bias")
         self.head = Head(weight=weight, bias=bias) if weight and bias else None
-        self.is_complete = len(names) == 2 * len(self.layers) + 2 * (self.head is not None)
+        self.is_complete = len(ranges) == 2 * len(self.layers) + 2 * (self.head is not None)
 
     def blocks(self, most: int) -> tuple[tuple[int, int], ...]:
         """Divides the low-rank part of θ into at most so many runs of neighbouring layers, each of about as many layers.
@@ -102,7 +100,7 @@ class AdaptedLayers:
             for handle in handles:
                 handle.remove()
 
-    def _layer(self, path: str, ranges: dict[str, tuple[int, int]]) -> LowRankLayer:
+    def _layer(self, path: str, ranges: Mapping[str, tuple[int, int]]) -> LowRankLayer:
         module: Any = self._network.get_submodule(path)
         return LowRankLayer(
             name=path,

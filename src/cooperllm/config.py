@@ -9,6 +9,9 @@ import msgspec
 
 from cooperllm.errors import ConfigError
 
+SUPPORTED_BITS = (4, 8, 32)
+"""Bits per entry that vectors can be packed with; 32 is exact."""
+
 
 class ArmName(Enum):
     """The methods that share this frame."""
@@ -282,7 +285,7 @@ class ArmConfig:
         for name in ("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh"):
             _check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
         for name in ("guide_bits", "estimate_bits"):
-            _check(getattr(self, name) in {4, 8, 32}, f"arm.{name}", getattr(self, name), "4, 8 or 32")
+            _check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), "4, 8 or 32")
         _check(self.map_examples >= 8, "arm.map_examples", self.map_examples, ">= 8")
         needs = 1 + self.feedback_blocks
         _check(

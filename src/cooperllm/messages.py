@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Float32
 from msgspec import Meta
 
+from cooperllm.config import SUPPORTED_BITS
+
 FORMAT_VERSION = 2
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
@@ -109,7 +111,7 @@ class Feedback:
     slope_scale: Annotated[float, Meta(gt=0)]
 
     def __post_init__(self) -> None:
-        if self.bits not in {4, 8, 32}:
+        if self.bits not in SUPPORTED_BITS:
             raise ValueError(f"feedback: {self.bits} bits found, 4, 8 or 32 expected")
         edges = [0, *(edge for block in self.blocks for edge in block)]
         if edges != sorted(edges) or any(start == stop for start, stop in self.blocks):

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class Layout:
     def size(self) -> int:
         """n, the length of θ."""
         return sum(self.sizes)
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Half-open range of each tensor in θ."""
+        return dict(zip(self.names, pairwise(accumulate(self.sizes, initial=0)), strict=True))
 
     def views(self, theta: Float[Tensor, "n"]) -> dict[str, Tensor]:
         """Returns θ as named tensors that share its memory."""
@@ -146,7 +152,7 @@ class Model:
         trained = {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
         self.layout = Layout(names=tuple(trained), shapes=tuple(tuple(tensor.shape) for tensor in trained.values()))
         self._trained = trained
-        self.adapted = AdaptedLayers(network, self.layout.names, self.layout.sizes)
+        self.adapted = AdaptedLayers(network, self.layout.ranges)
         self._prefix = FrozenPrefix.find(network, self.layout.names) if config.caches_prefix else None
 
     def initial_parameters(self, seed: int) -> Float32[np.ndarray, "n"]:

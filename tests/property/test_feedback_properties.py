@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import sample_messages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -20,7 +21,7 @@ from cooperllm.device.probe import run_device
 from cooperllm.edge import Edge
 from cooperllm.errors import DecodeError
 from cooperllm.link.codec import encode
-from cooperllm.messages import DeviceReport, Feedback, Order, Outcome, Packed, Plan
+from cooperllm.messages import Feedback, Order, Packed
 
 UNIT = 2.0**-24
 SIZE = 24
@@ -47,17 +48,10 @@ class LinearLoss:
 
 def plan(blocks, bits=32):
     replica = replay.start(np.zeros(SIZE, np.float32), OptimizerConfig())
-    return Plan(
-        round_index=0,
-        model_version=0,
-        guide_version=-1,
+    return sample_messages.plan(
         theta_hash=replica.state_hash,
-        seed=5,
         cohort=tuple(range(8)),
-        batch_size=4,
-        guide=None,
         guide_hash=digest(np.zeros((0, SIZE), np.float32)),
-        num_columns=0,
         feedback=Feedback(maps_version=-1, blocks=tuple(blocks), bits=bits, slope_scale=0.25),
     ), replica
 
@@ -80,19 +74,13 @@ def test_a_device_alone_projects_its_gradient_onto_each_block_of_its_estimate(gr
 
 
 def answer(device_id, asked, estimated, num_examples):
-    return DeviceReport(
-        device_id=device_id,
-        round_index=0,
-        model_version=0,
-        guide_version=-1,
+    return sample_messages.device_report(
+        device_id,
+        asked,
         num_examples=num_examples,
-        outcome=Outcome.OK,
-        column_slopes=NOTHING,
-        random_slopes=NOTHING,
         estimate=pack_vector(estimated, asked.feedback.bits),
         agreement=estimated[:1],
         energy=np.abs(estimated[:1]),
-        forward_passes=4,
     )
 
 

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sample_messages
 import torch
+from interruption import Interrupt, interrupt_after
 
 import cooperllm
 from cooperllm import data, models
@@ -33,7 +35,7 @@ from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError, DivergenceError, ProtocolError, QuorumError
 from cooperllm.link.codec import encode
 from cooperllm.link.loopback import Loopback
-from cooperllm.messages import Feedback, Order, Outcome, Plan
+from cooperllm.messages import Feedback, Order, Outcome
 from cooperllm.round import run_round
 from cooperllm.run_directory import RunDirectory
 
@@ -70,17 +72,11 @@ def trained():
 def asked(theta, blocks, maps_version, *, bits=32):
     """A plan for one device with this θ, and the replica it belongs to."""
     replica = replay.start(theta, OptimizerConfig())
-    return Plan(
-        round_index=0,
-        model_version=0,
-        guide_version=-1,
+    return sample_messages.plan(
         theta_hash=replica.state_hash,
-        seed=5,
         cohort=(0,),
         batch_size=len(CHOSEN),
-        guide=None,
         guide_hash=digest(np.zeros((0, len(theta)), np.float32)),
-        num_columns=0,
         feedback=Feedback(maps_version=maps_version, blocks=tuple(blocks), bits=bits, slope_scale=0.03),
     ), replica
 
@@ -255,18 +251,6 @@ def test_the_feedback_arm_learns(whole):
 def test_queries_are_what_forward_passes_paid_for(whole):
     for row in RunDirectory(whole.path).rounds():
         assert row["forward_passes"] == 2 * row["queries"] * row["num_reports"]
-
-
-class Interrupt(Exception):  # noqa: N818 -- stands for Ctrl-C
-    pass
-
-
-def interrupt_after(number):
-    def observe(config, figures):
-        if figures["round"] == number:
-            raise Interrupt
-
-    return observe
 
 
 @pytest.mark.parametrize(("stop", "keeps_checkpoint"), [(1, True), (2, True), (2, False), (3, True), (4, False)])

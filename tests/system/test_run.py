@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from interruption import Interrupt, interrupt_after
 
 import cooperllm
 from cooperllm.algorithm import replay
@@ -30,18 +31,6 @@ def tiny(arm=ArmName.MEASURED, **changes):
 
 def final_hash(path):
     return RunDirectory(path).updates()[-1].theta_hash
-
-
-class Interrupt(Exception):  # noqa: N818 -- stands for Ctrl-C
-    pass
-
-
-def interrupt_after(number):
-    def observe(config, figures):
-        if figures["round"] == number:
-            raise Interrupt
-
-    return observe
 
 
 @pytest.mark.parametrize("arm", ARMS)

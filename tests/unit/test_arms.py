@@ -14,8 +14,8 @@ from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.arms import Measured, Public
 from cooperllm.algorithm.baselines import CloudOnly, FederatedAveraging, PlainZerothOrder, arm
 from cooperllm.algorithm.compression import packed_bytes
-from cooperllm.algorithm.guidance import blend_weights, guided_perturbations, orthonormalise, signs
-from cooperllm.algorithm.measured import MeasuredArm, inside, regression_slope, shrinkage
+from cooperllm.algorithm.guidance import blend_weights, guided_perturbations, inside, orthonormalise, signs
+from cooperllm.algorithm.measured import MeasuredArm, regression_slope, shrinkage
 from cooperllm.algorithm.paper import PaperArm, optimal_weight
 from cooperllm.cloud import state
 from cooperllm.config import ArmConfig, ArmName, OptimizerConfig, Rectification

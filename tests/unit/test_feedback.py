@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import sample_messages
 import torch
 
 from cooperllm.algorithm import feedback, noise, replay
@@ -20,7 +21,7 @@ from cooperllm.algorithm.maps import pack_maps
 from cooperllm.config import ArmConfig, ArmName, OptimizerConfig
 from cooperllm.edge import Edge
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import DeviceReport, EdgeReport, Feedback, Grouping, Outcome, Packed, Plan, Probes, RandomSlopes
+from cooperllm.messages import EdgeReport, Feedback, Grouping, Outcome, Packed, Probes, RandomSlopes
 
 UNIT = 2.0**-24
 NOTHING = np.zeros(0, np.float32)
@@ -274,16 +275,9 @@ ARM = ArmConfig(name=ArmName.FEEDBACK, queries=8, estimate_bits=32, column_scale
 
 def plan(*, blocks=BLOCKS, num_columns=0, num_random=0, maps=None, maps_version=3, cohort=(0, 1), bits=32):
     replica = replay.start(drawn(0, SIZE), OptimizerConfig())
-    return Plan(
-        round_index=0,
-        model_version=0,
-        guide_version=-1,
+    return sample_messages.plan(
         theta_hash=replica.state_hash,
-        seed=5,
         cohort=cohort,
-        batch_size=4,
-        guide=None,
-        guide_hash=bytes(16),
         num_columns=num_columns,
         probes=Probes(measures_columns=True, num_random=num_random, grouping=Grouping.DEVICE, column_scale=1.0, random_scale=1.0),
         feedback=Feedback(maps_version=maps_version, blocks=blocks, bits=bits, slope_scale=0.25),
@@ -351,19 +345,12 @@ def test_estimate_blocks_columns_and_probes_share_one_budget(queries, blocks, nu
 
 def answer(device_id, asked, **changes):
     blocks = len(asked.feedback.blocks)
-    report = DeviceReport(
-        device_id=device_id,
-        round_index=asked.round_index,
-        model_version=asked.model_version,
-        guide_version=asked.guide_version,
-        num_examples=4,
-        outcome=Outcome.OK,
-        column_slopes=NOTHING,
-        random_slopes=NOTHING,
+    report = sample_messages.device_report(
+        device_id,
+        asked,
         estimate=pack_vector(drawn(20 + device_id, SIZE), asked.feedback.bits),
         agreement=np.full(blocks, device_id, np.float32),
         energy=np.full(blocks, 2 * device_id, np.float32),
-        forward_passes=8,
     )
     return replace(report, **changes)
 

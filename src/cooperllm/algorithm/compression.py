@@ -19,6 +19,7 @@ from typing import overload
 import numpy as np
 from jaxtyping import Float32, Int16
 
+from cooperllm.config import SUPPORTED_BITS
 from cooperllm.errors import ConfigError, DecodeError
 from cooperllm.messages import Packed
 
@@ -29,7 +30,6 @@ LARGEST = 1e30
 """Entries of a vector beyond this are refused: whoever folds vectors must be able to send the mean on."""
 
 EXACT = 32
-SUPPORTED_BITS = (4, 8, EXACT)
 
 
 def pack(columns: Float32[np.ndarray, "k n"], bits: int) -> bytes:

@@ -207,6 +207,23 @@ def dot(left: Float32[np.ndarray, "n"], right: Float32[np.ndarray, "n"]) -> floa
     return _sum_by_halving(left.astype(np.float64) * right)
 
 
+def inside(span: Float32[np.ndarray, "k n"], direction: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, "k"]:
+    """Gives the coordinates of a vector along orthonormal columns.
+
+    Args:
+        span: U, shape [k, n].
+        direction: Shape [n].
+
+    Returns:
+        Uᵀ direction, shape [k].
+
+    Example:
+        >>> inside(np.eye(1, 2, dtype=np.float32), np.array([3.0, 4.0], np.float32))
+        array([3.], dtype=float32)
+    """
+    return np.array([dot(column, direction) for column in span], np.float32)
+
+
 def digest(*arrays: np.ndarray) -> bytes:
     """Names the exact bits of arrays: replicas compare this instead of their contents.
 

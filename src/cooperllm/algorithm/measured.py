@@ -31,7 +31,7 @@ from jaxtyping import Float32
 
 from cooperllm.algorithm.arms import Arm, Coordinates, Measured, Public
 from cooperllm.algorithm.compression import pack_vector
-from cooperllm.algorithm.guidance import dot, random_directions
+from cooperllm.algorithm.guidance import dot, inside, random_directions
 from cooperllm.config import ArmConfig
 from cooperllm.messages import Grouping, Plan, Probes
 
@@ -141,20 +141,3 @@ def regression_slope(predicted: Float32[np.ndarray, "k"], measured: Float32[np.n
     """
     norm = float(predicted.astype(np.float64) @ predicted)
     return float(predicted.astype(np.float64) @ measured) / norm if norm > 0 else 0.0
-
-
-def inside(span: Float32[np.ndarray, "k n"], direction: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, "k"]:
-    """Gives the coordinates of a vector along orthonormal columns.
-
-    Args:
-        span: U, shape [k, n].
-        direction: Shape [n].
-
-    Returns:
-        Uᵀ direction, shape [k].
-
-    Example:
-        >>> inside(np.eye(1, 2, dtype=np.float32), np.array([3.0, 4.0], np.float32))
-        array([3.], dtype=float32)
-    """
-    return np.array([dot(column, direction) for column in span], np.float32)

@@ -11,6 +11,7 @@ Dimension key: B public examples, C classes, K rows of the basis, n trainable pa
 
 from collections import deque
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -61,7 +62,7 @@ class GuideMaker:
         self.pool_size = pool_size
         self._pool: deque[np.ndarray] = deque(maxlen=pool_size)
 
-    @property
+    @cached_property
     def has_every_class(self) -> bool:
         """Whether the public data hold an example of each class."""
         return len(np.unique(self._public.labels)) == self._model.num_classes

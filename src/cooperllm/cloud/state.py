@@ -16,7 +16,7 @@ from cooperllm.algorithm import compression, feedback, noise, replay
 from cooperllm.algorithm.aggregation import merged, variance_between, weighted_mean
 from cooperllm.algorithm.arms import Measured, Public
 from cooperllm.algorithm.baselines import arm
-from cooperllm.algorithm.guidance import digest_of, dot
+from cooperllm.algorithm.guidance import digest_of, inside
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud.guide import GuideMaker
 from cooperllm.cloud.maps import MapFitter
@@ -94,7 +94,7 @@ class Cloud:
         seed = noise.derive(config.seed, round_index)
         guide, gradient, public_loss = self._make_guide(seed)
         span, basis = replay.span(self.replica, guide), list(replay.probe_basis(guide, len(self.replica.theta)))
-        predicted = np.array([dot(column, gradient) for column in span], np.float32)
+        predicted = inside(span, gradient)
         probes = self._arm.probes(self._arm_config, len(span), len(basis))
         asked, new_maps = self._feedback()
         local_training = self._arm.local_training(self._arm_config)

@@ -16,7 +16,7 @@ from cooperllm.algorithm.replay import Replica
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.runtime import Runtime, Trainer
 from cooperllm.errors import ProtocolError, ReplayMismatchError
-from cooperllm.messages import FORMAT_VERSION, DeviceReport, Feedback, LocalTraining, Maps, Order, Outcome, Packed, Plan, Probes
+from cooperllm.messages import FORMAT_VERSION, DeviceReport, Feedback, LocalTraining, Maps, Order, Outcome, Plan, Probes
 
 BATCH_STREAM = 1 << 62
 """Noise indices from here on choose batches, so that no random direction shares a key with them."""
@@ -70,7 +70,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         outcome=Outcome.OK if is_finite else Outcome.NON_FINITE_LOSS,
         column_slopes=column_slopes,
         random_slopes=random_slopes,
-        estimate=_packed(estimate, bits) if is_finite else None,
+        estimate=pack_vector(estimate, bits) if is_finite and estimate is not None else None,
         agreement=agreement,
         energy=energy,
         forward_passes=forward_passes,
@@ -159,10 +159,6 @@ def _rectify(
     evaluate, points_per_pass = runtime.evaluate(chosen)
     slopes = zeroth_order.slopes(evaluate, replica.theta, directions(), asked.slope_scale, points_per_pass=points_per_pass)
     return slopes * lengths, lengths * lengths
-
-
-def _packed(estimate: Float32[np.ndarray, "n"] | None, bits: int) -> Packed | None:
-    return None if estimate is None else pack_vector(estimate, bits)
 
 
 def _probe(

@@ -97,7 +97,7 @@ class TorchForward:
             layer, guide = adapted.layers[number], decoded[number]
             activation = given.float().numpy()[mask > 0]
             described = feedback.features(activation, tokens, guide.basis)
-            delta = feedback.deltas(described, tokens, guide.maps, error @ maps.contrasts.T)
+            delta = feedback.deltas(described, tokens, guide.maps, along)
             first = theta[slice(*layer.first)].reshape(layer.rank, layer.input_size)
             second = theta[slice(*layer.second)].reshape(layer.output_size, layer.rank)
             parts = feedback.low_rank_gradient(delta, activation, first, second, layer.scale)
@@ -110,6 +110,7 @@ class TorchForward:
 
         with torch.inference_mode():
             error = feedback.output_error(model.scores(point, batch).float().softmax(1).numpy(), batch.labels.numpy())
+            along = error if maps is None else error @ maps.contrasts.T
             with adapted.watched(visit, visit_head):
                 model.scores(point, batch)
         return result

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from jaxtyping import Float32
 
 from cooperllm.algorithm.aggregation import merged, weighted_mean
 from cooperllm.algorithm.compression import EXACT, pack_vector, unpack_vector
@@ -82,15 +83,15 @@ class Edge:
         """
         ordered = sorted(reports, key=lambda report: report.device_id)
         self.note_version([report.device_id for report in ordered if report.model_version == plan.model_version], plan.model_version)
-        judged = [(report, _judge(report, plan, self.num_parameters)) for report in ordered]
-        usable = [report for report, outcome in judged if outcome is Outcome.OK]
+        judged = [(report, *_judge(report, plan, self.num_parameters)) for report in ordered]
+        usable = [report for report, outcome, _ in judged if outcome is Outcome.OK]
         if plan.feedback is not None:
             self._maps_versions |= dict.fromkeys((report.device_id for report in usable), plan.feedback.maps_version)
-        dropped = Counter(outcome for _, outcome in judged if outcome is not Outcome.OK)
+        dropped = Counter(outcome for _, outcome, _ in judged if outcome is not Outcome.OK)
         dropped[Outcome.LOST] += lost
         weights = [report.num_examples for report in usable]
         nothing = np.zeros(0, np.float32)
-        estimates = [unpack_vector(report.estimate, self.num_parameters) for report in usable if report.estimate is not None]
+        estimates = [estimate for _, outcome, estimate in judged if outcome is Outcome.OK and estimate is not None]
         bits = EXACT if plan.feedback is None else plan.feedback.bits
         return EdgeReport(
             edge_id=self.edge_id,
@@ -141,23 +142,23 @@ def group_of(plan: Plan, edge_id: int, device_id: int) -> int:
     return edge_id if plan.probes.grouping is Grouping.EDGE else device_id
 
 
-def _judge(report: DeviceReport, plan: Plan, num_parameters: int) -> Outcome:
-    """A report counts only if it answers this very plan."""
+def _judge(report: DeviceReport, plan: Plan, num_parameters: int) -> tuple[Outcome, Float32[np.ndarray, "n"] | None]:
+    """A report counts only if it answers this very plan; its estimate is decoded on the way."""
     answers = (report.round_index, report.model_version, report.guide_version)
     if answers != (plan.round_index, plan.model_version, plan.guide_version):
-        return Outcome.MISMATCH
+        return Outcome.MISMATCH, None
     if report.outcome is not Outcome.OK:
-        return report.outcome
+        return report.outcome, None
     probes = plan.probes
     slopes = (plan.num_columns if probes.measures_columns else 0, probes.num_random) if probes is not None else (0, 0)
     blocks = len(plan.feedback.blocks) if plan.feedback is not None else 0
     lengths = tuple(map(len, (report.column_slopes, report.random_slopes, report.agreement, report.energy)))
     wants_estimate = plan.feedback is not None or plan.local_training is not None
     if lengths != (*slopes, blocks, blocks) or report.num_examples == 0 or wants_estimate != (report.estimate is not None):
-        return Outcome.MISMATCH
+        return Outcome.MISMATCH, None
     try:
-        estimate = np.zeros(0) if report.estimate is None else unpack_vector(report.estimate, num_parameters)
+        estimate = None if report.estimate is None else unpack_vector(report.estimate, num_parameters)
     except DecodeError:
-        return Outcome.MISMATCH
-    numbers = (report.column_slopes, report.random_slopes, report.agreement, report.energy, estimate)
-    return Outcome.OK if all(np.isfinite(values).all() for values in numbers) else Outcome.NON_FINITE_LOSS
+        return Outcome.MISMATCH, None
+    numbers = (report.column_slopes, report.random_slopes, report.agreement, report.energy, *([] if estimate is None else [estimate]))
+    return (Outcome.OK if all(np.isfinite(values).all() for values in numbers) else Outcome.NON_FINITE_LOSS), estimate
