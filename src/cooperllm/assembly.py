@@ -52,8 +52,8 @@ class Material:
         _ = self.shards, self.model  # loading is the check; not in an assertion, which -O would leave out
         if any(arm(name).has_maps for name in arms) and not self.model.adapted.is_complete:
             raise ConfigError(
-                f"arm.name: feedback estimates gradients of low-rank adapters and a linear head, found adapter "
-                f"'{self._config.model.adapter.value}'; choose --adapter lora, or the arm measured"
+                f"arm.name: feedback estimates gradients of adapters and a linear head, found adapter "
+                f"'{self._config.model.adapter.value}'; choose --adapter lora or ia3, or the arm measured"
             )
 
     @cached_property
@@ -137,7 +137,10 @@ class Assembly:
     def devices(self) -> Host:
         """Builds every device of the run in this process."""
         material = self.material
-        runtimes = [TorchForward(material.model, material.private, shard.tolist(), self.config.memory_mib) for shard in material.shards]
+        adjustment = self.config.federation.label_adjustment
+        runtimes = [
+            TorchForward(material.model, material.private, shard.tolist(), self.config.memory_mib, adjustment) for shard in material.shards
+        ]
         return Host(runtimes, self.start, self.config.optimizer, self.directory.updates)
 
 

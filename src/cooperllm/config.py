@@ -173,6 +173,8 @@ class FederationConfig:
         partition: How examples are spread.
         dirichlet_alpha: Concentration of the Dirichlet partition, > 0; small is uneven.
         partition_column: Column whose values are the devices, for the column partition.
+        label_adjustment: Strength τ with which a device's loss allows for its own label shares, >= 0; 0 is plain cross entropy. For every
+            arm alike.
     """
 
     num_devices: int = 20
@@ -183,8 +185,10 @@ class FederationConfig:
     partition: Partition = Partition.DIRICHLET
     dirichlet_alpha: float = 0.5
     partition_column: str | None = None
+    label_adjustment: float = 1.0
 
     def __post_init__(self) -> None:
+        _check(0 <= self.label_adjustment < math.inf, "federation.label_adjustment", self.label_adjustment, ">= 0")
         _check(self.num_devices >= 1, "federation.num_devices", self.num_devices, ">= 1")
         _check(1 <= self.num_edges <= self.num_devices, "federation.num_edges", self.num_edges, f"1 to {self.num_devices}")
         _check(
@@ -252,8 +256,8 @@ class ArmConfig:
         blend_scale: Paper's arm: length β, > 0.
         pool_size: Paper's arm: public gradients kept, newest first, >= 1.
         rectification: Paper's arm: whether the cloud's gradient is mixed in with the weight λ* of the theory.
-        local_steps: FedAvg: local steps of back-propagation, >= 1.
-        local_learning_rate: FedAvg: local step size, > 0.
+        local_steps: Feedback arm and FedAvg: steps that a device takes by itself in a round, each on a batch of its own, >= 1.
+        local_learning_rate: Feedback arm and FedAvg: size of those steps, > 0.
     """
 
     name: ArmName = ArmName.MEASURED
@@ -275,7 +279,7 @@ class ArmConfig:
     blend_scale: float = 1.0
     pool_size: int = 1
     rectification: Rectification = Rectification.NONE
-    local_steps: int = 1
+    local_steps: int = 3
     local_learning_rate: float = 0.1
 
     def __post_init__(self) -> None:
@@ -287,12 +291,12 @@ class ArmConfig:
         for name in ("guide_bits", "estimate_bits"):
             _check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), "4, 8 or 32")
         _check(self.map_examples >= 8, "arm.map_examples", self.map_examples, ">= 8")
-        needs = 1 + self.feedback_blocks
+        needs = self.local_steps + self.feedback_blocks
         _check(
             self.name is not ArmName.FEEDBACK or self.queries >= needs,
             "arm.queries",
             self.queries,
-            f">= {needs}: one for the estimate and one per block",
+            f">= {needs}: one for the estimate of each local step and one per block",
         )
         _check(self.effective_rank >= 0, "arm.effective_rank", self.effective_rank, ">= 0")
         _check(0 <= self.basis_size <= 1000, "arm.basis_size", self.basis_size, "0 to 1000")

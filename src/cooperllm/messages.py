@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from cooperllm.config import SUPPORTED_BITS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
@@ -77,19 +77,17 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Maps:
-    """The other kind of guide: how the output error reaches the adapted layers, learnt on public text.
+    """The other kind of guide: how the output error reaches the adapted modules, learnt on public text.
 
     Attributes:
         version: Updates in the θ that they were fitted at.
         contrasts: E, shape [K, C].
-        basis_of_layer: Which basis describes the input of each adapted layer; layers with the same input share one.
         num_components: Columns c of each basis.
-        values: All bases [H, c], then the maps [K, 1 + 2c, D] of each layer, packed as one vector.
+        values: Basis [H, c] and maps [K, 1 + 2c, D] of each adapted module, packed as one vector.
     """
 
     version: Count
     contrasts: Float32[np.ndarray, "_K _C"]
-    basis_of_layer: tuple[Count, ...]
     num_components: Count
     values: Packed
 
@@ -103,12 +101,16 @@ class Feedback:
         blocks: Half-open ranges of θ; one two-point slope is measured along the estimate's part in each.
         bits: Bits per entry of the estimate on the link: 4, 8 or 32.
         slope_scale: Half-step μ of those slopes, > 0.
+        num_steps: Estimates to make, each on a batch of its own and a step away from the one before; their mean is reported.
+        step_size: Size of those steps, > 0.
     """
 
     maps_version: int
     blocks: tuple[tuple[Count, Count], ...]
     bits: Count
     slope_scale: Annotated[float, Meta(gt=0)]
+    num_steps: Positive = 1
+    step_size: Annotated[float, Meta(gt=0)] = 0.1
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:

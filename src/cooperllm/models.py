@@ -25,7 +25,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, TRANSF
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cooperllm.adapted_layers import AdaptedLayers
+from cooperllm.adapted_modules import AdaptedModules
 from cooperllm.algorithm import noise
 from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
@@ -141,7 +141,7 @@ class Model:
         config: What was asked for.
         layout: Where each trained tensor lies in θ.
         num_classes: C.
-        adapted: The layers that a feedback estimate sees.
+        adapted: The modules that a feedback estimate differentiates.
     """
 
     def __init__(self, config: ModelConfig, network: nn.Module, tokenizer: Any, num_classes: int) -> None:
@@ -152,7 +152,7 @@ class Model:
         trained = {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
         self.layout = Layout(names=tuple(trained), shapes=tuple(tuple(tensor.shape) for tensor in trained.values()))
         self._trained = trained
-        self.adapted = AdaptedLayers(network, self.layout.ranges)
+        self.adapted = AdaptedModules(network, self.layout.ranges)
         self._prefix = FrozenPrefix.find(network, self.layout.names) if config.caches_prefix else None
 
     def initial_parameters(self, seed: int) -> Float32[np.ndarray, "n"]:
@@ -230,10 +230,6 @@ class Model:
         with self._prefix.resumed(batch.states):
             return self._call(theta, batch)
 
-    def loss(self, theta: Float[Tensor, "n"], batch: Batch) -> Float[Tensor, ""]:
-        """Returns the mean cross entropy of a batch in float32."""
-        return nn.functional.cross_entropy(self.scores(theta, batch), batch.labels)
-
     def activation_mib(self, batch: Batch) -> float:
         """Estimates the memory that one point of a batched pass takes: the widest layer's activations, in MiB."""
         config: Any = self._network.get_submodule("backbone").config
@@ -269,7 +265,9 @@ class Model:
         (directory / "labels.json").write_text(json.dumps(list(label_names)) + "\n", encoding="utf8")
 
     def _call(self, theta: Tensor, batch: Batch) -> Tensor:
-        return torch.func.functional_call(self._network, self.layout.views(theta), (batch.token_ids, batch.mask))
+        with torch.enable_grad():  # so that a module may open a graph in the middle of a pass without one
+            views = self.layout.views(theta)
+        return torch.func.functional_call(self._network, views, (batch.token_ids, batch.mask))
 
     def _pad(self, examples: Examples, indices: Sequence[int]) -> Batch:
         rows = [torch.from_numpy(examples.token_ids[index]) for index in indices]

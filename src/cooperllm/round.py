@@ -94,4 +94,4 @@ def _queries(prepared: Prepared) -> int:
     probes, feedback = prepared.plan.probes, prepared.plan.feedback
     columns = len(prepared.public.span) if probes is not None and probes.measures_columns else 0
     random = 0 if probes is None else probes.num_random
-    return columns + random + (0 if feedback is None else 1 + len(feedback.blocks))
+    return columns + random + (0 if feedback is None else feedback.num_steps + len(feedback.blocks))

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from cooperllm.algorithm import feedback, noise, replay
 from cooperllm.algorithm.compression import BLOCK, pack_vector, unpack_vector
 from cooperllm.algorithm.guidance import digest
-from cooperllm.algorithm.maps import pack_maps, unpack_maps
+from cooperllm.algorithm.maps import ModuleMaps, pack_maps, unpack_maps
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.probe import run_device
 from cooperllm.edge import Edge
@@ -29,6 +29,10 @@ NOTHING = np.zeros(0, np.float32)
 ENTRIES = st.one_of(st.just(0.0), st.floats(-100, 100, width=32).filter(lambda value: abs(value) > 1e-3))
 VECTORS = arrays.arrays(np.float32, SIZE, elements=ENTRIES)
 CUTS = st.lists(st.integers(0, SIZE), min_size=2, max_size=5, unique=True).map(sorted)
+
+
+def drawn(index, *shape):
+    return noise.gaussian(1, index, int(np.prod(shape))).reshape(shape)
 
 
 class LinearLoss:
@@ -125,28 +129,30 @@ def test_a_vector_comes_back_within_half_a_step_of_its_block(vector, bits):
 
 @settings(max_examples=200)
 @given(
-    owners=st.lists(st.integers(0, 4), max_size=5).map(tuple),
+    sizes=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), max_size=4),
     width=st.one_of(st.integers(0, 9), st.just(1 << 32)),
     num_contrasts=st.integers(0, 3),
     num_classes=st.integers(0, 4),
     cut=st.integers(-40, 40),
     scale=st.floats(0, 1e30),
 )
-def test_maps_from_anywhere_fit_the_model_or_are_refused(owners, width, num_contrasts, num_classes, cut, scale):
-    basis, maps = noise.gaussian(1, 0, 12).reshape(6, 2), [noise.gaussian(1, layer, 2 * 5 * 4).reshape(2, 5, 4) for layer in (1, 2)]
-    sent = pack_maps(1, np.zeros((2, 3), np.float32), [0, 0], [basis], maps, 8)
+def test_maps_from_anywhere_fit_the_model_or_are_refused(sizes, width, num_contrasts, num_classes, cut, scale):
+    maps = [ModuleMaps(basis=drawn(index, 6, 2), maps=drawn(index + 2, 2, 5, 4)) for index in (1, 2)]
+    sent = pack_maps(1, np.zeros((2, 3), np.float32), maps, 8)
     payload = sent.values.payload[:cut] if cut < 0 else sent.values.payload + bytes(cut)
     values = Packed(scale=scale, payload=payload)
-    changed = replace(
-        sent, contrasts=np.zeros((num_contrasts, num_classes), np.float32), basis_of_layer=owners, num_components=width, values=values
-    )
+    changed = replace(sent, contrasts=np.zeros((num_contrasts, num_classes), np.float32), num_components=width, values=values)
     try:
-        found = unpack_maps(changed, [(6, 4), (6, 4)], 3)
+        found = unpack_maps(changed, sizes, 3)
     except DecodeError:
         return
-    assert (owners, width, num_contrasts, num_classes, cut) == ((0, 0), 2, 2, 3, 0)
-    assert [(layer.basis.shape, layer.maps.shape) for layer in found] == [((6, 2), (2, 5, 4))] * 2
-    assert all(np.isfinite(layer.maps).all() for layer in found)
+    # As many numbers may fit another model of the same size; the payload's length is what a receiver can check.
+    entries = sum(size * width + num_contrasts * (1 + 2 * width) * output for size, output in sizes)
+    assert (num_classes, cut, entries) == (3, 0, 2 * (12 + 40))
+    assert [(one.basis.shape, one.maps.shape) for one in found] == [
+        ((size, width), (num_contrasts, 1 + 2 * width, output)) for size, output in sizes
+    ]
+    assert all(np.isfinite(one.maps).all() for one in found)
 
 
 @given(data=st.data(), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4))

@@ -81,7 +81,7 @@ PACKED = fields_of(Packed, scale=st.floats(0, 1e30), payload=st.binary(max_size=
 MATRICES = st.tuples(st.integers(0, 3), st.integers(0, 3)).flatmap(
     lambda shape: arrays.arrays(np.float32, shape, elements=st.floats(width=32))
 )
-MAPS = fields_of(Maps, version=COUNTS, contrasts=MATRICES, basis_of_layer=few(COUNTS), num_components=COUNTS, values=PACKED)
+MAPS = fields_of(Maps, version=COUNTS, contrasts=MATRICES, num_components=COUNTS, values=PACKED)
 EDGES = st.lists(COUNTS, max_size=5, unique=True).map(sorted)
 BLOCKS = EDGES.map(lambda edges: tuple(pairwise(edges)))
 FEEDBACK = fields_of(Feedback, maps_version=VERSIONS, blocks=BLOCKS, bits=st.sampled_from([4, 8, 32]), slope_scale=POSITIVE)

@@ -124,7 +124,8 @@ def test_slopes_of_the_default_model_agree_with_back_propagation():
     theta = moved(model)
     examples = model.encode(TEXTS, None, [0, 1, 0, 1])
     point = theta.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(model.loss(point, model.batch(examples, range(4))), point)
+    batch = model.batch(examples, range(4))
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model.scores(point, batch), batch.labels), point)
     directions = [noise.gaussian(1, index, len(theta)) for index in range(6)]
     evaluate, _ = TorchForward(model, examples, range(4), None).evaluate(range(4))
     measured = zeroth_order.slopes(evaluate, theta.numpy(), directions, 1e-3)

@@ -61,7 +61,7 @@ def plan():
         guide=Guide(payload=b"CG\x01", num_columns=1, has_momentum=True),
         probes=Probes(measures_columns=True, num_random=3, grouping=Grouping.EDGE, column_scale=0.5, random_scale=1e-3, blend=0.5),
         feedback=Feedback(maps_version=4, blocks=((0, 2), (2, 5)), bits=8, slope_scale=0.5),
-        maps=Maps(version=4, contrasts=np.eye(1, 2, dtype=np.float32), basis_of_layer=(0, 0), num_components=1, values=PACKED),
+        maps=Maps(version=4, contrasts=np.eye(1, 2, dtype=np.float32), num_components=1, values=PACKED),
     )
 
 
@@ -267,8 +267,8 @@ def test_nesting_of_any_depth_is_refused(depth, opener):
         (plan(), {"feedback": {"maps_version": 0, "blocks": [], "bits": 8, "slope_scale": 0.0}}),
         (plan(), {"feedback": {"maps_version": 0, "blocks": [], "bits": 8, "slope_scale": float("nan")}}),
         (plan(), {"maps": {"version": 0}}),
-        (plan(), {"maps": {"version": -1, "contrasts": ["<f4", [0, 0], b""], "basis_of_layer": [], "num_components": 1} | VALUES}),
-        (plan(), {"maps": {"version": 1, "contrasts": ARRAY, "basis_of_layer": [], "num_components": 1} | VALUES}),
+        (plan(), {"maps": {"version": -1, "contrasts": ["<f4", [0, 0], b""], "num_components": 1} | VALUES}),
+        (plan(), {"maps": {"version": 1, "contrasts": ARRAY, "num_components": 1} | VALUES}),
         (update(), {"dense": {"scale": -1.0, "payload": b""}}),
         (update(), {"dense": {"scale": float("nan"), "payload": b""}}),
         (update(), {"dense": {"scale": float("inf"), "payload": b""}}),

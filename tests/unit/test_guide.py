@@ -33,8 +33,10 @@ class Public:
         return len(self.labels)
 
 
-class NoLayers:
-    """Softmax regression has no adapted layer."""
+class NoModules:
+    """Softmax regression has no adapted module."""
+
+    sizes = ()
 
     def blocks(self, most):
         return ()
@@ -45,7 +47,7 @@ class NoLayers:
 
 class SoftmaxRegression:
     num_classes = CLASSES
-    adapted = NoLayers()
+    adapted = NoModules()
 
     def batch(self, examples, indices):
         return torch.from_numpy(examples.features[list(indices)])

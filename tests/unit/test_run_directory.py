@@ -36,7 +36,7 @@ def record(index):
 def checkpoint():
     vector = np.arange(4, dtype=np.float32)
     snapshot = Snapshot(model_version=2, theta=vector, moments=(vector,))
-    maps = Maps(version=1, contrasts=np.eye(2, 3, dtype=np.float32), basis_of_layer=(0, 0), num_components=1, values=pack_vector(vector, 8))
+    maps = Maps(version=1, contrasts=np.eye(2, 3, dtype=np.float32), num_components=1, values=pack_vector(vector, 8))
     return Checkpoint(
         format_version=FORMAT_VERSION, config_hash=config_hash(RunConfig()), snapshot=snapshot, pool=(vector, vector + 1), maps=maps
     )

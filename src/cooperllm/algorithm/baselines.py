@@ -3,7 +3,7 @@
     MeZO-FL     d = mean over devices i of (1/P) Σ_j g_i(z_ij) z_ij         (1)  every device has directions of its own
     DeComFL     d = (1/P) Σ_j [ mean_i g_i(z_j) ] z_j                        (2)  all devices share the directions
     cloud-only  d = g_B                                                     (3)  back-propagation on public data, no device
-    FedAvg-BP   d = mean over devices i of (θ - θ_i) / η_local               (4)  back-propagation on devices: the bound
+    FedAvg-BP   d = mean over devices i of (θ - θ_i) / (S η_local)           (4)  S steps of back-propagation on devices: the bound
 
 All zeroth-order estimates are unbiased as they stand, (1) and (2) by E[zzᵀ] = I.
 

@@ -1,23 +1,24 @@
-"""The feedback guide: the cloud sends maps from a device's output error to the deltas of its adapted layers.
+"""The feedback guide: the cloud sends maps from a device's output error to the outputs of its adapted modules.
 
     e    = E (softmax(scores) - onehot(y)) / B                              (1)  output error in K contrasts of the classes
-    φ_t  = [ 1, Vᵀ x_t, Vᵀ mean_s x_s ]                                     (2)  features of token t at the layer's input x
-    δ_t  = (1/T) Σ_k e_k M_kᵀ φ_t                                           (3)  predicted gradient of the loss at the layer's output
+    φ_t  = [ 1, Vᵀ x_t, Vᵀ mean_s x_s ]                                     (2)  features of token t at the module's input x
+    δ_t  = (1/T) Σ_k e_k M_kᵀ φ_t                                           (3)  predicted gradient of the loss at the module's output y
     M_k  = argmin Σ_t | T ∂(E_k·scores)/∂y_t - M_kᵀ φ_t |² + ridge |M_k|²    (4)  the cloud's fit, on public inputs; labels play no part
-    ∇B   = s Σ_t δ_t (A x_t)ᵀ,   ∇A = s Σ_t (Bᵀ δ_t) x_tᵀ                    (5)  gradient of a low-rank adapter y = W x + s B A x
+    ê    = Σ_t δ_tᵀ ∂y_t/∂w                                                 (5)  gradient of the module's own parameters w, exact but for δ
     ĝ_b  = γ_b ê_b,   γ_b = max(0, Σ_i <g_i, ê_ib> / Σ_i |ê_ib|²)            (6)  slopes measured along an estimate say how much is true
 
-A forward pass gives the activations and the error; only the way from the error back to a layer needs back-propagation, and that way is a
-property of the model, not of the data: it can be learnt on any text the model reads. A device runs one forward pass for (1) and a second in
-which each layer's part of (5) is added up while its activation is at hand; nothing is stored, no graph is built. The head's own gradient
-needs no map and is exact. (6) takes two more forward passes per block b: feedback gives directions, zeroth-order gives coefficients. A bad
-map has γ near 0 and is ignored.
+A module is the parent of adapted layers, an attention say. A forward pass gives its input, what happens inside it (attention probabilities)
+and the output error; only the way from the error back to the module's output needs back-propagation through everything above, and that way
+is a property of the model, not of the data: it can be learnt on any text the model reads. A device runs one forward pass for (1) and a
+second in which each module's part (5) is taken while that module is at hand, so that memory holds one module at a time. The head's own
+gradient needs no map and is exact. (6) takes two more forward passes per block b: feedback gives directions, zeroth-order gives
+coefficients. A bad map has γ near 0 and is ignored.
 
 Where it comes from: feedback alignment puts fixed random matrices in the place of M and lets the network adapt to them; here M is fitted
 to the network. Synthetic gradients learn (3) on the private data while they train; here public inputs suffice, and labels are never used.
 
-Dimension key: N tokens of a batch (padding left out), B examples, K contrasts, C classes, H and D input and output size, c components,
-F = 1 + 2c features, r rank.
+Dimension key: N tokens of a batch (padding left out), B examples, K contrasts, C classes, H and D size of a module's input and output,
+c components, F = 1 + 2c features.
 
 References:
     Lillicrap et al., 2016, Random synaptic feedback weights support error backpropagation. Nøkland, 2016, arXiv:1609.01596.
@@ -68,7 +69,7 @@ def features(activation: Float32[np.ndarray, "N H"], batch: Tokens, basis: Float
     """Describes each token by itself and by its sentence, eq. (2).
 
     Args:
-        activation: A layer's input x, shape [N, H].
+        activation: A module's input x, shape [N, H].
         batch: Which token belongs to which example.
         basis: Principal components V, shape [H, c].
 
@@ -90,7 +91,7 @@ def features(activation: Float32[np.ndarray, "N H"], batch: Tokens, basis: Float
 def deltas(
     described: Float32[np.ndarray, "N F"], batch: Tokens, maps: Float32[np.ndarray, "K F D"], error: Float32[np.ndarray, "B K"]
 ) -> Float32[np.ndarray, "N D"]:
-    """Predicts the gradient of the loss at a layer's output, eq. (3).
+    """Predicts the gradient of the loss at a module's output, eq. (3).
 
     Args:
         described: Features φ, shape [N, F].
@@ -112,34 +113,6 @@ def deltas(
     for contrast, one_map in enumerate(maps):
         total += share[:, contrast, None] * (described @ one_map)
     return total
-
-
-def low_rank_gradient(
-    delta: Float32[np.ndarray, "N D"],
-    activation: Float32[np.ndarray, "N H"],
-    first: Float32[np.ndarray, "r H"],
-    second: Float32[np.ndarray, "D r"],
-    scale: float,
-) -> tuple[Float32[np.ndarray, "r H"], Float32[np.ndarray, "D r"]]:
-    """Turns deltas into the gradient of a low-rank adapter, eq. (5).
-
-    Args:
-        delta: Gradient of the loss at the layer's output, shape [N, D].
-        activation: The layer's input x, shape [N, H].
-        first: A, shape [r, H].
-        second: B, shape [D, r].
-        scale: s.
-
-    Returns:
-        (∇A [r, H], ∇B [D, r]).
-
-    Example:
-        >>> one = np.ones((1, 1), np.float32)
-        >>> low_rank_gradient(3 * one, one, 2 * one, 0 * one, 1.0)
-        (array([[0.]], dtype=float32), array([[6.]], dtype=float32))
-    """
-    factor = np.float32(scale)
-    return factor * ((delta @ second).T @ activation), factor * (delta.T @ (activation @ first.T))
 
 
 def output_error(probabilities: Float32[np.ndarray, "B C"], labels: Int64[np.ndarray, "B"]) -> Float32[np.ndarray, "B C"]:
@@ -193,7 +166,7 @@ def principal_components(activation: Float32[np.ndarray, "N H"], count: int) -> 
     """Finds the basis V of eq. (2), scaled so that features are of the order of 1.
 
     Args:
-        activation: A layer's public inputs, shape [N, H].
+        activation: A module's public inputs, shape [N, H].
         count: Components wanted; at most min(N, H) exist.
 
     Returns:
@@ -210,7 +183,7 @@ def principal_components(activation: Float32[np.ndarray, "N H"], count: int) -> 
 
 @dataclass(kw_only=True)
 class Moments:
-    """Running sums from which a layer's maps follow, eq. (4): a cloud never needs to keep an activation.
+    """Running sums from which a module's maps follow, eq. (4): a cloud never needs to keep an activation.
 
     Attributes:
         xx: Σ φ φᵀ, shape [F, F].
@@ -228,7 +201,7 @@ class Moments:
         return cls(xx=np.zeros((num_features, num_features)), xy=np.zeros((num_contrasts, num_features, size)))
 
     def add(self, described: Float32[np.ndarray, "N F"], targets: Sequence[Float32[np.ndarray, "N D"]]) -> None:
-        """Adds a batch: features, and T times the exact Jacobian of each contrast at the layer's output."""
+        """Adds a batch: features, and T times the exact Jacobian of each contrast at the module's output."""
         self.xx += described.T @ described
         for contrast, target in enumerate(targets):
             self.xy[contrast] += described.T @ target
@@ -250,7 +223,7 @@ class Moments:
 
 
 def fit(kept: Moments, held_out: Moments) -> tuple[Float32[np.ndarray, "K F D"], float, float]:
-    """Fits a layer's maps, eq. (4), with the ridge strength that predicts held-out public examples best.
+    """Fits a module's maps, eq. (4), with the ridge strength that predicts held-out public examples best.
 
     Args:
         kept: Sums over examples to fit on.

@@ -1,10 +1,15 @@
 """The feedback arm: devices estimate their own gradients with the cloud's maps, and measure how much of each block is true.
 
-    ĝ    = mean_i ê_i, each block b times its gain γ_b                      (1)  `algorithm.feedback`, eq. (6)
-    d    = ĝ + what slopes along columns and random probes say beyond ĝ      (2)  `algorithm.measured`, eq. (3)-(4), with λ = 0
+    ê_i  = (1/S) Σ_s ê(θ_is),   θ_i,s+1 = θ_is - η_i ê(θ_is),   θ_i0 = θ    (1)  S local steps, each on a batch of its own
+    ĝ    = mean_i ê_i, each block b times its gain γ_b                      (2)  `algorithm.feedback`, eq. (6), γ measured along ê(θ_i0)
+    d    = ĝ + what slopes along columns and random probes say beyond ĝ      (3)  `algorithm.measured`, eq. (3)-(4), with λ = 0
 
-With maps that are worth nothing every γ falls to 0, the head's exact gradient and the measured arm remain. Of q two-point queries the
-estimate takes one (two forward passes) and each block one; the rest goes to columns and random directions.
+With maps that are worth nothing every γ falls to 0, the head's exact gradient and the measured arm remain. Of q two-point queries each
+local step takes one (two forward passes) and each block one; the rest goes to columns and random directions. Local steps are those of
+federated averaging, with estimates in the place of back-propagation.
+
+References:
+    McMahan et al., 2017, Communication-efficient learning of deep networks from decentralized data, Algorithm 1.
 """
 
 from collections.abc import Sequence
@@ -26,15 +31,22 @@ class FeedbackArm(MeasuredArm):
     has_maps = True
 
     def free_queries(self, config: ArmConfig) -> int:
-        """Leaves what the estimate and its blocks do not take."""
-        return max(0, config.queries - 1 - config.feedback_blocks)
+        """Leaves what the estimates and their blocks do not take."""
+        return max(0, config.queries - config.local_steps - config.feedback_blocks)
 
     def feedback(self, config: ArmConfig, maps_version: int, blocks: Sequence[tuple[int, int]]) -> Feedback:
         """Asks for an estimate, measured block by block."""
-        return Feedback(maps_version=maps_version, blocks=tuple(blocks), bits=config.estimate_bits, slope_scale=config.column_scale)
+        return Feedback(
+            maps_version=maps_version,
+            blocks=tuple(blocks),
+            bits=config.estimate_bits,
+            slope_scale=config.column_scale,
+            num_steps=config.local_steps,
+            step_size=config.local_learning_rate,
+        )
 
     def combine(self, config: ArmConfig, plan: Plan, public: Public, measured: Measured) -> Coordinates:
-        """Applies eq. (1)-(2)."""
+        """Applies eq. (2)-(3)."""
         assert plan.feedback is not None, "a round of this arm asks for estimates"
         assert measured.estimate is not None, "the quorum was checked, and every usable report has an estimate"
         gains = feedback.gains(measured.agreement, measured.energy)

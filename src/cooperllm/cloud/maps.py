@@ -1,4 +1,4 @@
-"""Fits the feedback maps on public text: exact Jacobians by back-propagation, running sums, one small linear system per layer.
+"""Fits the feedback maps on public text: exact Jacobians by back-propagation, running sums, one small linear system per module.
 
 No label is used. Three quarters of the texts are fitted on, one quarter chooses the ridge strength, and the last fit is on all of them.
 """
@@ -12,7 +12,7 @@ import torch
 
 from cooperllm.algorithm import feedback, noise
 from cooperllm.algorithm.feedback import Moments
-from cooperllm.algorithm.maps import pack_maps
+from cooperllm.algorithm.maps import ModuleMaps, pack_maps
 from cooperllm.messages import Maps
 
 MAP_TEXTS = (1 << 61) + 3
@@ -25,12 +25,12 @@ HELD_OUT_EVERY = 4
 
 
 @runtime_checkable
-class WatchedLayers(Protocol):
-    """Adapted layers that hand over their inputs and outputs; `cooperllm.adapted_layers.AdaptedLayers` is one."""
+class WatchedModules(Protocol):
+    """Adapted modules that hand over their inputs and outputs; `cooperllm.adapted_modules.AdaptedModules` is one."""
 
     @property
-    def layers(self) -> Sequence[Any]:
-        """The layers, each with an `output_size`."""
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(H, D) of each module."""
         ...
 
     def blocks(self, most: int) -> tuple[tuple[int, int], ...]:
@@ -47,8 +47,8 @@ class WatchedModel(Protocol):
     """What the fit needs of a model; `cooperllm.models.Model` is one."""
 
     @property
-    def adapted(self) -> WatchedLayers:
-        """Its adapted layers."""
+    def adapted(self) -> WatchedModules:
+        """Its adapted modules."""
         ...
 
     def batch(self, examples: Any, indices: Sequence[int]) -> Any:
@@ -61,7 +61,7 @@ class WatchedModel(Protocol):
 
 
 class MapFitter:
-    """Fits maps for every adapted layer.
+    """Fits maps for every adapted module.
 
     Attributes:
         blocks: Ranges of θ whose estimates are measured apart.
@@ -90,71 +90,68 @@ class MapFitter:
         chosen = noise.permutation(seed, MAP_TEXTS, len(self._public))[: self._num_examples].tolist()
         starts = range(0, len(chosen), FIT_BATCH)
         batches = [self._model.batch(self._public, chosen[start : start + FIT_BATCH]) for start in starts]
-        contrasts, basis_of_layer, bases = self._describe(point, batches)
+        contrasts, bases = self._describe(point, batches)
         kept, held_out = (
             [
-                Moments.zero(1 + 2 * bases[basis].shape[1], len(contrasts), layer.output_size)
-                for basis, layer in zip(basis_of_layer, self._model.adapted.layers, strict=True)
+                Moments.zero(1 + 2 * basis.shape[1], len(contrasts), output_size)
+                for basis, (_, output_size) in zip(bases, self._model.adapted.sizes, strict=True)
             ]
             for _ in range(2)
         )
         for position, batch in enumerate(batches):
             sums = held_out if position % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else kept
-            for layer, (described, targets) in enumerate(self._examples(point, batch, contrasts, basis_of_layer, bases)):
-                sums[layer].add(described, targets)
+            for module, (described, targets) in enumerate(self._examples(point, batch, contrasts, bases)):
+                sums[module].add(described, targets)
         judges = held_out if len(batches) >= HELD_OUT_EVERY else kept
-        maps = [feedback.fit(one, other)[0] for one, other in zip(kept, judges, strict=True)]
-        return pack_maps(version, contrasts, basis_of_layer, bases, maps, self._bits)
+        fits = [feedback.fit(one, other) for one, other in zip(kept, judges, strict=True)]
+        modules = [ModuleMaps(basis=basis, maps=maps) for basis, (maps, _, _) in zip(bases, fits, strict=True)]
+        return pack_maps(version, contrasts, modules, self._bits)
 
     def _examples(
-        self, point: torch.Tensor, batch: Any, contrasts: np.ndarray, basis_of_layer: Sequence[int], bases: Sequence[np.ndarray]
+        self, point: torch.Tensor, batch: Any, contrasts: np.ndarray, bases: Sequence[np.ndarray]
     ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        """Features and targets of each layer's tokens: T times the Jacobian of each contrast."""
+        """Features and targets of each module's tokens: T times the Jacobian of each contrast."""
         is_token = batch.mask.numpy() > 0
         tokens = feedback.tokens(batch.mask.numpy())
         lengths = tokens.lengths[tokens.owner][:, None].astype(np.float32)
         inputs, jacobians = self._jacobians(point, batch, contrasts)
-        for layer, basis in enumerate(basis_of_layer):
-            described = feedback.features(inputs[layer][is_token], tokens, bases[basis])
-            yield described, [lengths * of_contrast[layer][is_token] for of_contrast in jacobians]
+        for module, basis in enumerate(bases):
+            described = feedback.features(inputs[module][is_token], tokens, basis)
+            yield described, [lengths * of_contrast[module][is_token] for of_contrast in jacobians]
 
-    def _describe(self, point: torch.Tensor, batches: Sequence[Any]) -> tuple[np.ndarray, list[int], list[np.ndarray]]:
-        """Contrasts from public scores, and a basis for each different input, from the first batches."""
+    def _describe(self, point: torch.Tensor, batches: Sequence[Any]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Contrasts from public scores, and a basis for each module's input, from the first batches."""
         scores: list[np.ndarray] = []
-        inputs: list[list[np.ndarray]] = []
-        basis_of_layer: list[int] = []
+        inputs: list[list[np.ndarray]] = [[] for _ in self._model.adapted.sizes]
         for batch in batches[:DESCRIBED_BATCHES]:
-            seen: dict[int, torch.Tensor] = {}
-            with torch.no_grad(), self._model.adapted.watched(lambda layer, given, _output, seen=seen: seen.update({layer: given})):
+            is_token = batch.mask > 0
+
+            def visit(module: int, given: torch.Tensor, _output: torch.Tensor, is_token: torch.Tensor = is_token) -> None:
+                inputs[module].append(given[is_token].float().numpy())
+
+            with torch.no_grad(), self._model.adapted.watched(visit):
                 scores.append(self._model.scores(point, batch).float().numpy())
-            different = list({id(seen[layer]): seen[layer] for layer in sorted(seen)}.values())
-            basis_of_layer = [next(i for i, other in enumerate(different) if other is seen[layer]) for layer in sorted(seen)]
-            inputs.append([given[batch.mask > 0].float().numpy() for given in different])
-        stacked = [np.concatenate(parts) for parts in zip(*inputs, strict=True)]
+        stacked = [np.concatenate(parts) for parts in inputs]
         count = min(self._num_components, *(min(part.shape) for part in stacked))
-        return (
-            feedback.contrasts(np.concatenate(scores), MOST_CONTRASTS),
-            basis_of_layer,
-            [feedback.principal_components(part, count) for part in stacked],
-        )
+        return feedback.contrasts(np.concatenate(scores), MOST_CONTRASTS), [feedback.principal_components(part, count) for part in stacked]
 
     def _jacobians(self, point: torch.Tensor, batch: Any, contrasts: np.ndarray) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-        """Inputs of each layer, and the derivative of each contrast at each layer's output."""
+        """Inputs of each module, and the derivative of each contrast at each module's output."""
         inputs: dict[int, torch.Tensor] = {}
         outputs: dict[int, torch.Tensor] = {}
 
-        def visit(layer: int, given: torch.Tensor, output: torch.Tensor) -> None:
+        def visit(module: int, given: torch.Tensor, output: torch.Tensor) -> None:
             if not output.requires_grad:
                 output.requires_grad_()
-            inputs[layer], outputs[layer] = given.detach(), output
+            inputs[module], outputs[module] = given, output
 
         with torch.enable_grad(), self._model.adapted.watched(visit):
             scores = self._model.scores(point, batch).float()
             along = scores @ torch.from_numpy(contrasts).T
-            ordered = [outputs[layer] for layer in sorted(outputs)]
+            ordered = [outputs[module] for module in sorted(outputs)]
             gradients = [
                 torch.autograd.grad(along[:, contrast].sum(), ordered, retain_graph=contrast + 1 < len(contrasts))
                 for contrast in range(len(contrasts))
             ]
-        found = [inputs[layer].float().numpy() for layer in sorted(inputs)]
+        found = [inputs[module].float().numpy() for module in sorted(inputs)]
         return found, [[part.float().numpy() for part in parts] for parts in gradients]

@@ -52,9 +52,9 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         column_slopes, random_slopes = _probe(order, plan.probes, columns, basis, replica, runtime, chosen)
         forward_passes += 2 * (len(column_slopes) + len(random_slopes))
     if plan.feedback is not None:
-        estimate = runtime.estimate(replica.theta, chosen, _known_maps(plan, plan.feedback, maps))
-        agreement, energy = _rectify(estimate, plan.feedback, replica, runtime, chosen)
-        forward_passes += 2 + 2 * len(agreement)
+        estimate, first, num_examples = _estimate(order, plan.feedback, replica, runtime, _known_maps(plan, plan.feedback, maps))
+        agreement, energy = _rectify(first, plan.feedback, replica, runtime, chosen)
+        forward_passes += 2 * plan.feedback.num_steps + 2 * len(agreement)
         bits = plan.feedback.bits
     if plan.local_training is not None and trainer is not None:
         estimate, num_examples = _train(order, plan.local_training, replica, runtime, trainer)
@@ -142,6 +142,18 @@ def _known_maps(plan: Plan, asked: Feedback, maps: Maps | None) -> Maps | None:
     return maps
 
 
+def _estimate(
+    order: Order, asked: Feedback, replica: Replica, runtime: Runtime, maps: Maps | None
+) -> tuple[Float32[np.ndarray, "n"], Float32[np.ndarray, "n"], int]:
+    """Estimates along a walk of local steps, `algorithm.feedback_arm`, eq. (1): the mean, the first one, and the examples behind it."""
+    point, estimates = replica.theta, list[np.ndarray]()
+    batches = [choose_batch(order.plan, order.device_id, runtime.num_examples, step) for step in range(asked.num_steps)]
+    for batch in batches:
+        estimates.append(runtime.estimate(point, batch, maps))
+        point = point - np.float32(asked.step_size) * estimates[-1]
+    return sum(estimates[1:], start=estimates[0]) / np.float32(len(estimates)), estimates[0], sum(map(len, batches))
+
+
 def _rectify(
     estimate: Float32[np.ndarray, "n"], asked: Feedback, replica: Replica, runtime: Runtime, chosen: list[int]
 ) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b"]]:
@@ -181,4 +193,4 @@ def _probe(
 def _train(order: Order, task: LocalTraining, replica: Replica, runtime: Runtime, trainer: Trainer) -> tuple[Float32[np.ndarray, "n"], int]:
     batches = [choose_batch(order.plan, order.device_id, runtime.num_examples, step) for step in range(task.num_steps)]
     after = trainer.train(replica.theta, batches, task.learning_rate)
-    return (replica.theta - after) / np.float32(task.learning_rate), sum(map(len, batches))
+    return (replica.theta - after) / np.float32(task.learning_rate * task.num_steps), sum(map(len, batches))

@@ -3,7 +3,7 @@
 No graph is built, no gradient is kept, and θ enters as views of a perturbed copy of the small trained vector, never of the base weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,7 +12,8 @@ from jaxtyping import Float32
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cooperllm.algorithm import feedback
-from cooperllm.algorithm.maps import unpack_maps
+from cooperllm.algorithm.label_adjustment import label_adjustment
+from cooperllm.algorithm.maps import ModuleMaps, unpack_maps
 from cooperllm.algorithm.zeroth_order import Evaluate
 from cooperllm.messages import Maps
 
@@ -32,10 +33,6 @@ class ForwardModel(Protocol):
         """Returns class scores [B, C]."""
         ...
 
-    def loss(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Returns the mean loss of a batch at θ, a scalar."""
-        ...
-
     def activation_mib(self, batch: Any) -> float:
         """Estimates the memory of one point's forward pass."""
         ...
@@ -48,11 +45,13 @@ class TorchForward:
         shard: Positions of the device's examples among all private examples of this process.
     """
 
-    def __init__(self, model: ForwardModel, examples: Any, shard: Sequence[int], memory_mib: float | None) -> None:
+    def __init__(self, model: ForwardModel, examples: Any, shard: Sequence[int], memory_mib: float | None, adjustment: float = 0.0) -> None:
+        """Takes one device's part of the examples; `adjustment` is τ of `algorithm.label_adjustment`."""
         self._model = model
         self._examples = examples
         self.shard = list(shard)
         self._memory_mib = memory_mib
+        self._shift = torch.from_numpy(label_adjustment(examples.labels[self.shard], model.num_classes, adjustment))
 
     @property
     def num_examples(self) -> int:
@@ -67,7 +66,7 @@ class TorchForward:
             points_per_pass = max(1, int(self._memory_mib / self._model.activation_mib(batch)))
 
         def loss(theta: torch.Tensor) -> torch.Tensor:
-            return self._model.loss(theta, batch)
+            return self._loss(theta, batch)
 
         def losses(points: Float32[np.ndarray, "P n"]) -> Float32[np.ndarray, "P"]:
             with torch.inference_mode():
@@ -80,39 +79,22 @@ class TorchForward:
         return losses, points_per_pass
 
     def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> Float32[np.ndarray, "n"]:
-        """Runs forward once for the output error, and once more to add up each layer's part while its input is at hand."""
+        """Runs forward once for the output error, and once more to take each module's part while that module is at hand."""
         model, adapted = self._model, self._model.adapted
         batch = model.batch(self._examples, [self.shard[position] for position in chosen])
-        mask = batch.mask.numpy()
-        tokens, point, result = feedback.tokens(mask), torch.from_numpy(theta), np.zeros_like(theta)
-        decoded = (
-            []
-            if maps is None
-            else unpack_maps(maps, [(layer.input_size, layer.output_size) for layer in adapted.layers], model.num_classes)
-        )
-
-        def visit(number: int, given: torch.Tensor, _output: torch.Tensor) -> None:
-            if maps is None:
-                return
-            layer, guide = adapted.layers[number], decoded[number]
-            activation = given.float().numpy()[mask > 0]
-            described = feedback.features(activation, tokens, guide.basis)
-            delta = feedback.deltas(described, tokens, guide.maps, along)
-            first = theta[slice(*layer.first)].reshape(layer.rank, layer.input_size)
-            second = theta[slice(*layer.second)].reshape(layer.output_size, layer.rank)
-            parts = feedback.low_rank_gradient(delta, activation, first, second, layer.scale)
-            for where, part in zip((layer.first, layer.second), parts, strict=True):
-                result[slice(*where)] += part.reshape(-1)
-
-        def visit_head(given: torch.Tensor) -> None:
+        point, pooled = torch.from_numpy(theta.copy()), list[torch.Tensor]()
+        with torch.inference_mode(), adapted.head_watched(pooled.append):
+            probabilities = self._scores(point, batch).softmax(1).numpy()
+        error = feedback.output_error(probabilities, batch.labels.numpy())
+        result = np.zeros_like(theta)
+        if maps is not None:
+            parts = torch.from_numpy(result)
+            delta = _deltas(unpack_maps(maps, adapted.sizes, model.num_classes), batch, error @ maps.contrasts.T)
+            with torch.no_grad(), adapted.pulled_back(point.requires_grad_(), delta, parts.add_):
+                model.scores(point, batch)
+        for given in pooled:
             result[slice(*adapted.head.weight)] = (error.T @ given.float().numpy()).reshape(-1)
             result[slice(*adapted.head.bias)] = error.sum(0)
-
-        with torch.inference_mode():
-            error = feedback.output_error(model.scores(point, batch).float().softmax(1).numpy(), batch.labels.numpy())
-            along = error if maps is None else error @ maps.contrasts.T
-            with adapted.watched(visit, visit_head):
-                model.scores(point, batch)
         return result
 
     def train(self, theta: Float32[np.ndarray, "n"], batches: Sequence[Sequence[int]], learning_rate: float) -> Float32[np.ndarray, "n"]:
@@ -121,6 +103,25 @@ class TorchForward:
         for chosen in batches:
             point.requires_grad_()
             batch = self._model.batch(self._examples, [self.shard[position] for position in chosen])
-            (gradient,) = torch.autograd.grad(self._model.loss(point, batch), point)
+            (gradient,) = torch.autograd.grad(self._loss(point, batch), point)
             point = point.detach() - learning_rate * gradient
         return point.numpy()
+
+    def _scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+        return self._model.scores(theta, batch).float() + self._shift
+
+    def _loss(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self._scores(theta, batch), batch.labels)
+
+
+def _deltas(decoded: Sequence[ModuleMaps], batch: Any, along: np.ndarray) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Predicts the loss's gradient at the output of a module, `algorithm.feedback`, eq. (2)-(3); padding has none."""
+    is_token, tokens = batch.mask > 0, feedback.tokens(batch.mask.numpy())
+
+    def delta(number: int, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        guide, found = decoded[number], torch.zeros_like(output)
+        described = feedback.features(given[is_token].float().numpy(), tokens, guide.basis)
+        found[is_token] = torch.from_numpy(feedback.deltas(described, tokens, guide.maps, along)).to(output.dtype)
+        return found
+
+    return delta
