@@ -13,7 +13,7 @@ from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud import Cloud, GuideMaker, MapFitter
-from cooperllm.config import ArmName, RunConfig
+from cooperllm.config import UNLABELLED, ArmName, RunConfig
 from cooperllm.data import Task, Texts
 from cooperllm.device import Host
 from cooperllm.device.torch_forward import TorchForward
@@ -47,13 +47,20 @@ class Material:
             arms: Methods that are going to run.
 
         Raises:
-            ConfigError: See `data.load`, `data.partition` and `models.load`; also if an arm cannot train this kind of adapter.
+            ConfigError: See `data.load`, `data.partition` and `models.load`; also if an arm cannot train this kind of adapter, or needs
+                public labels that are not there.
         """
         _ = self.shards, self.model  # loading is the check; not in an assertion, which -O would leave out
         if any(arm(name).has_maps for name in arms) and not self.model.adapted.is_complete:
             raise ConfigError(
                 f"arm.name: feedback estimates gradients of adapters and a linear head, found adapter "
                 f"'{self._config.model.adapter.value}'; choose --adapter lora or ia3, or the arm measured"
+            )
+        needy = [name.value for name in arms if arm(name).has_gradient and not arm(name).has_basis]
+        if needy and set(self.task.public.labels) <= {UNLABELLED}:
+            raise ConfigError(
+                f"arm.name: {needy[0]} back-propagates on labelled public text, found none in {self._config.data.public.name!r}; "
+                "give the public source labels, or choose an arm that needs none: feedback, measured, mezo-fl"
             )
 
     @cached_property

@@ -13,6 +13,13 @@ SUPPORTED_BITS = (4, 8, 32)
 """Bits per entry that vectors can be packed with; 32 is exact."""
 
 
+NO_TEXT = "none"
+"""Name of the public source of a cloud that has no text."""
+
+UNLABELLED = -1
+"""Class of a public text without a label."""
+
+
 class ArmName(Enum):
     """The methods that share this frame."""
 
@@ -116,12 +123,13 @@ class SourceConfig:
     """Where labelled texts come from.
 
     Attributes:
-        name: "generated", a file (.jsonl, .json, .csv, .parquet), a directory with train, validation and test files, or a data set on
-            the hub.
+        name: "generated", a file (.jsonl, .json, .csv, .parquet), a directory with train, validation and test files, a data set on
+            the hub, or, for a cloud without public text, "none".
         domains: For generated text: its domains; empty means all of the side's default ones.
         text_column: Column with the text.
         second_text_column: Column with the second text of a pair, or None.
-        label_column: Column with the label: a number from 0, or a name.
+        label_column: Column with the label: a number from 0, or a name; None for public text without labels.
+        label_noise: Share of training labels replaced by labels drawn evenly, in [0, 1], to study what bad labels do.
         keep_labels: Labels kept in the training part, by name or number; empty keeps all.
         max_examples: At most this many training examples, chosen by the seed; None keeps all.
     """
@@ -130,12 +138,16 @@ class SourceConfig:
     domains: tuple[str, ...] = ()
     text_column: str = "text"
     second_text_column: str | None = None
-    label_column: str = "label"
+    label_column: str | None = "label"
+    label_noise: float = 0.0
     keep_labels: tuple[str, ...] = ()
     max_examples: int | None = None
 
     def __post_init__(self) -> None:
         _check(bool(self.name), "data source name", self.name, "'generated', a path or a data set")
+        _check(0 <= self.label_noise <= 1, "label_noise", self.label_noise, "in [0, 1]")
+        needs_labels = self.label_column is None and bool(self.keep_labels or self.label_noise)
+        _check(not needs_labels, "label_column", None, "a column name where labels are chosen or replaced")
         _check(self.max_examples is None or self.max_examples >= 1, "max_examples", self.max_examples, ">= 1, or none")
 
 
@@ -156,6 +168,8 @@ class DataConfig:
     num_validation: int | None = 400
 
     def __post_init__(self) -> None:
+        _check(self.private.name != NO_TEXT, "data.private", NO_TEXT, "'generated', a path or a data set: devices need examples")
+        _check(self.private.label_column is not None, "data.private.label_column", None, "a column name: devices need labels")
         _check(self.num_test is None or self.num_test >= 1, "data.num_test", self.num_test, ">= 1, or none")
         _check(self.num_validation is None or self.num_validation >= 1, "data.num_validation", self.num_validation, ">= 1, or none")
 

@@ -7,7 +7,7 @@ parts on which every arm is tuned and judged.
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ from jaxtyping import Int64
 
 from cooperllm import reviews
 from cooperllm.algorithm import noise
-from cooperllm.config import DataConfig, FederationConfig, Partition, SourceConfig
+from cooperllm.config import NO_TEXT, UNLABELLED, DataConfig, FederationConfig, Partition, SourceConfig
 from cooperllm.errors import ConfigError
 
 PARTS = ("train", "validation", "test")
+LABEL_NOISE = (1 << 61) + 4
+"""Noise index that chooses which public labels are replaced; the next one draws what by."""
+
 GENERATED_SIZES = {"train": 2400, "validation": 400, "test": 800}
 READERS = {
     ".jsonl": pyarrow.json.read_json,
@@ -43,7 +46,7 @@ class Texts:
     Attributes:
         texts: First or only texts.
         second_texts: Second texts of pairs, or None.
-        labels: Class of each text, from 0.
+        labels: Class of each text, from 0; -1 where it has none.
         groups: Value of the partition column of each text; empty where none was asked for.
     """
 
@@ -110,16 +113,16 @@ def load(config: DataConfig, federation: FederationConfig, seed: int) -> Task:
     names = _label_names(private, config.private.label_column)
     parts = {part: _texts(private, part, config.private, names, federation.partition_column) for part in PARTS}
     parts["train"] = _selected(parts["train"], config.private, names, seed)
-    cloud = _selected(_texts(public, "train", config.public, names, None), config.public, names, seed)
-    missing = [names[label] for label in sorted(set(parts["train"].labels) - set(cloud.labels))]
-    notices = (f"no public example of {', '.join(missing)}: the cloud cannot learn these classes, the devices can",) if missing else ()
+    cloud = _relabelled(
+        _selected(_texts(public, "train", config.public, names, None), config.public, names, seed), config.public, names, seed
+    )
     return Task(
         label_names=names,
         public=cloud,
         private=parts["train"],
         validation=_at_most(parts["validation"], config.num_validation, seed),
         test=_at_most(parts["test"], config.num_test, seed),
-        notices=notices,
+        notices=_notices(cloud, parts["train"], names),
     )
 
 
@@ -182,6 +185,9 @@ def partition(private: Texts, federation: FederationConfig, seed: int) -> list[I
 
 def _read(source: SourceConfig, side: str, group_column: str | None, seed: int) -> dict[str, Any]:
     """Reads the parts of a source as tables, plus "label_names" where the source names its labels."""
+    if source.name == NO_TEXT:
+        columns = filter(None, (source.text_column, source.second_text_column, source.label_column))
+        return {"train": pa.table(dict.fromkeys(columns, pa.array([], pa.string())))}
     if source.name == "generated":
         return _generated(source, side, seed)
     path = Path(source.name)
@@ -260,7 +266,7 @@ def _split(parts: dict[str, Any], seed: int) -> dict[str, Any]:
     return parts
 
 
-def _label_names(parts: dict[str, Any], column: str) -> tuple[str, ...]:
+def _label_names(parts: dict[str, Any], column: str | None) -> tuple[str, ...]:
     if parts.get("label_names"):
         return tuple(map(str, parts["label_names"]))
     values = {value for part in PARTS for value in parts[part].column(column).to_pylist()}
@@ -274,7 +280,9 @@ def _texts(parts: dict[str, Any], part: str, source: SourceConfig, names: Sequen
     return Texts(
         texts=_strings(table, source.text_column),
         second_texts=None if source.second_text_column is None else _strings(table, source.second_text_column),
-        labels=tuple(_label(value, names, source, part) for value in table.column(source.label_column).to_pylist()),
+        labels=(UNLABELLED,) * table.num_rows
+        if source.label_column is None
+        else tuple(_label(value, names, source, part) for value in table.column(source.label_column).to_pylist()),
         groups=() if group_column is None else _strings(table, group_column),
     )
 
@@ -298,6 +306,30 @@ def _selected(texts: Texts, source: SourceConfig, names: Sequence[str], seed: in
         if not len(texts):
             raise ConfigError(f"{source.name}: no training example has one of the labels {list(source.keep_labels)}")
     return _at_most(texts, source.max_examples, seed)
+
+
+def _relabelled(texts: Texts, source: SourceConfig, names: Sequence[str], seed: int) -> Texts:
+    """Replaces a share of the labels by labels drawn evenly, some of them the right ones."""
+    count = round(source.label_noise * len(texts))
+    if not count:
+        return texts
+    chosen = noise.permutation(seed, LABEL_NOISE, len(texts))[:count]
+    drawn = noise.bits(seed, LABEL_NOISE + 1, count, stream=noise.Stream.CHOICE) % np.uint64(len(names))
+    labels = np.array(texts.labels)
+    labels[chosen] = drawn.astype(np.int64)
+    return replace(texts, labels=tuple(labels.tolist()))
+
+
+def _notices(public: Texts, private: Texts, names: Sequence[str]) -> tuple[str, ...]:
+    """What a user should know about the cloud's texts."""
+    if not len(public):
+        return (
+            "there is no public text: the cloud can guide nobody, devices learn from what they measure and from the head's exact gradient",
+        )
+    if UNLABELLED in public.labels:
+        return ("public text has no labels: the cloud can fit feedback maps on it, and nothing else",)
+    missing = [names[label] for label in sorted(set(private.labels) - set(public.labels))]
+    return (f"no public example of {', '.join(missing)}: the cloud cannot learn these classes, the devices can",) if missing else ()
 
 
 def _at_most(texts: Texts, count: int | None, seed: int) -> Texts:

@@ -63,6 +63,37 @@ def test_a_class_that_the_cloud_lacks_is_allowed_and_said(tmp_path):
     assert "no public example of 1" in task.notices[0]
 
 
+def test_public_text_may_have_no_labels_and_no_label_column(tmp_path):
+    public = write(tmp_path / "public.jsonl", [{"text": "any text"}] * 5)
+    task = load(write(tmp_path / "rows.jsonl"), SourceConfig(name=public, label_column=None))
+    assert (task.public.texts, task.public.labels) == (("any text",) * 5, (-1,) * 5)
+    assert "no labels" in task.notices[0]
+
+
+def test_a_cloud_may_have_no_text_at_all(tmp_path):
+    task = load(write(tmp_path / "rows.jsonl"), SourceConfig(name="none", second_text_column="other"))
+    assert (len(task.public), len(task.private)) == (0, 49)
+    assert "no public text" in task.notices[0]
+
+
+@pytest.mark.parametrize("source", [{"name": "none"}, {"label_column": None}])
+def test_devices_without_text_or_labels_are_refused(source):
+    with pytest.raises(ConfigError, match=r"data\.private"):
+        DataConfig(private=SourceConfig(**source))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_label_noise_replaces_the_share_it_says_by_labels_drawn_evenly(tmp_path, share):
+    rows = [{"text": f"sentence {index}", "label": index % 3} for index in range(3000)]
+    name = write(tmp_path / "rows.jsonl", rows)
+    task = load(name, SourceConfig(name=name, label_noise=share))
+    wrong = [label != int(text.split()[1]) % 3 for text, label in zip(task.public.texts, task.public.labels, strict=True)]
+    # A drawn label is wrong two times in three; four standard deviations of a mean of 3,000.
+    assert abs(np.mean(wrong) - share * 2 / 3) <= 4 * (share * 2 / 9 / 3000) ** 0.5
+    assert load(name, SourceConfig(name=name, label_noise=share)).public.labels == task.public.labels
+    assert task.private.labels == load(name).private.labels
+
+
 def test_the_seed_decides_which_examples_are_kept(tmp_path):
     source = SourceConfig(name=write(tmp_path / "rows.jsonl"), max_examples=10)
     config = DataConfig(public=source, private=source)

@@ -316,6 +316,27 @@ def test_a_model_that_feedback_cannot_train_is_refused_before_anything_is_writte
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("source", [{"name": "none"}, {"label_column": None}], ids=["no text", "no labels"])
+def test_a_cloud_without_labels_still_serves_every_arm_but_those_that_need_them(tmp_path, source):
+    base = tiny(num_rounds=2)
+    base = replace(base, data=replace(base.data, public=replace(base.data.public, **source)))
+    for name in (ArmName.FEEDBACK, ArmName.MEASURED, ArmName.MEZO_FL):
+        run = cooperllm.run(replace(base, arm=replace(base.arm, name=name)), tmp_path / name.value)
+        assert run.summary["arms"][name.value]["finished"]
+    for name in (ArmName.CLOUD_ONLY, ArmName.PAPER):
+        with pytest.raises(ConfigError, match=f"{name.value} back-propagates on labelled public text"):
+            cooperllm.run(replace(base, arm=replace(base.arm, name=name)), tmp_path / name.value)
+
+
+def test_maps_do_not_care_for_public_labels(tmp_path, whole):
+    base = tiny()
+    noisy = replace(base, data=replace(base.data, public=replace(base.data.public, label_noise=1.0)))
+    run = cooperllm.run(noisy, tmp_path / "noisy")
+    assert [row["theta_hash"] for row in RunDirectory(run.path).rounds()] == [
+        row["theta_hash"] for row in RunDirectory(whole.path).rounds()
+    ]
+
+
 def test_a_diverged_feedback_run_says_so(tmp_path):
     config = tiny()
     config = replace(config, arm=replace(config.arm, learning_rate=1e30))

@@ -38,6 +38,8 @@ OUTSIDE = [
     (ModelConfig, {"objective": Objective.LABEL_WORDS, "label_words": ("good",)}, "model.label_words", "('good',)"),
     (SourceConfig, {"name": ""}, "data source name", "''"),
     (SourceConfig, {"max_examples": 0}, "max_examples", "0"),
+    (SourceConfig, {"label_noise": 1.1}, "label_noise", "1.1"),
+    (SourceConfig, {"label_noise": 0.5, "label_column": None}, "label_column", "None"),
     (DataConfig, {"num_test": 0}, "data.num_test", "0"),
     (DataConfig, {"num_validation": 0}, "data.num_validation", "0"),
     (FederationConfig, {"num_devices": 0}, "federation.num_devices", "0"),

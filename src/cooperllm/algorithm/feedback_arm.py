@@ -35,10 +35,10 @@ class FeedbackArm(MeasuredArm):
         return max(0, config.queries - config.local_steps - config.feedback_blocks)
 
     def feedback(self, config: ArmConfig, maps_version: int, blocks: Sequence[tuple[int, int]]) -> Feedback:
-        """Asks for an estimate, measured block by block."""
+        """Asks for an estimate, measured block by block where there are maps to be measured."""
         return Feedback(
             maps_version=maps_version,
-            blocks=tuple(blocks),
+            blocks=tuple(blocks) if maps_version >= 0 else (),
             bits=config.estimate_bits,
             slope_scale=config.column_scale,
             num_steps=config.local_steps,

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float32, Int64
 
 from cooperllm.algorithm import noise
+from cooperllm.config import UNLABELLED
 
 PUBLIC_BATCH = 1 << 61
 """Noise index that chooses the public batch of a round."""
@@ -65,7 +66,7 @@ class GuideMaker:
     @cached_property
     def has_every_class(self) -> bool:
         """Whether the public data hold an example of each class."""
-        return len(np.unique(self._public.labels)) == self._model.num_classes
+        return len(set(self._public.labels.tolist()) - {UNLABELLED}) == self._model.num_classes
 
     def gradient(self, theta: Float32[np.ndarray, "n"], seed: int) -> tuple[Float32[np.ndarray, "n"], float]:
         """Computes the public gradient, eq. (1), and puts it at the head of the pool.

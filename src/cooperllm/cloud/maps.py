@@ -65,6 +65,7 @@ class MapFitter:
 
     Attributes:
         blocks: Ranges of θ whose estimates are measured apart.
+        has_texts: Whether there is anything to fit on.
     """
 
     def __init__(self, model: WatchedModel, public: Any, *, num_examples: int, num_components: int, bits: int, most_blocks: int) -> None:
@@ -74,6 +75,7 @@ class MapFitter:
         self._num_components = num_components
         self._bits = bits
         self.blocks = model.adapted.blocks(most_blocks)
+        self.has_texts = len(public) > 0
 
     def fit(self, theta: np.ndarray, seed: int, version: int) -> Maps:
         """Fits the maps at θ.

@@ -203,7 +203,7 @@ class Cloud:
     def _note_refresh(self) -> None:
         """Keeps θ where maps are due; they are fitted when a plan needs them."""
         version = self.replica.model_version
-        if self._arm.has_maps and feedback.is_refresh(version, self.config.arm.map_refresh):
+        if self._arm.has_maps and self._map_fitter.has_texts and feedback.is_refresh(version, self.config.arm.map_refresh):
             self._unfitted = (version, self.replica.theta)
 
     def _make_guide(self, seed: int) -> tuple[Guide | None, Float32[np.ndarray, "n"], float | None]:
