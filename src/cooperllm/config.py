@@ -21,8 +21,12 @@ class ArmName(Enum):
     PAPER = "paper"
     MEZO_FL = "mezo-fl"
     DECOMFL = "decomfl"
+    FEDKSEED = "fedkseed"
+    FWDLLM = "fwdllm"
+    WARM_START = "warm-start"
     CLOUD_ONLY = "cloud-only"
     FEDAVG_BP = "fedavg-bp"
+    FEDAVG_BP_CHECKPOINTED = "fedavg-bp-checkpointed"
 
 
 class OptimizerKind(Enum):
@@ -241,8 +245,7 @@ class ArmConfig:
         public_batch_size: Public examples per round, >= 1.
         basis_size: Measured arm: public examples whose gradients random probes are mixed from, 0 to 1000; 0 leaves them isotropic.
         effective_rank: Measured arm: rank r that shrinks P isotropic probes by P/(P+r), >= 0.
-        public_weight: Measured arm: weight λ of the cloud's own gradient along the columns, in [0, 1]; it counts as 0 where the public
-            data lack a class.
+        public_weight: Measured arm: weight λ of the cloud's own gradient along the columns, in [0, 1]; 0 where public data lack a class.
         feedback_blocks: Feedback arm: blocks of layers whose estimate is measured, one query each, >= 1; fewer where the model has fewer.
         estimate_bits: Feedback arm: bits per entry of an estimate on the link: 4, 8 or 32.
         map_examples: Feedback arm: public texts that maps are fitted on, >= 8.
@@ -252,6 +255,12 @@ class ArmConfig:
         blend_scale: Paper's arm: length β, > 0.
         pool_size: Paper's arm: public gradients kept, newest first, >= 1.
         rectification: Paper's arm: whether the cloud's gradient is mixed in with the weight λ* of the theory.
+        seed_pool_size: FedKSeed: random directions K that a run has in all, 1 to 2³².
+        candidates: FwdLLM: directions made for each query, of which one is used, >= 1; 1 selects nothing.
+        variance_threshold: FwdLLM: relative variance of the mean slope along the last step below which a step is made, > 0.
+        most_held_rounds: FwdLLM: rounds that a step waits at most, >= 0; 0 steps every round.
+        warm_start_rounds: Warm start: rounds of back-propagation at the cloud before the first device is asked, >= 1.
+        warm_start_learning_rate: Warm start: step size of those rounds, > 0.
         local_steps: FedAvg: local steps of back-propagation, >= 1.
         local_learning_rate: FedAvg: local step size, > 0.
     """
@@ -275,14 +284,22 @@ class ArmConfig:
     blend_scale: float = 1.0
     pool_size: int = 1
     rectification: Rectification = Rectification.NONE
+    seed_pool_size: int = 4096
+    candidates: int = 10
+    variance_threshold: float = 0.5
+    most_held_rounds: int = 3
+    warm_start_rounds: int = 20
+    warm_start_learning_rate: float = 0.03
     local_steps: int = 1
     local_learning_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "column_scale", "random_scale", "blend_scale", "local_learning_rate"):
+        rates = ("learning_rate", "warm_start_learning_rate", "local_learning_rate", "variance_threshold")
+        for name in (*rates, "column_scale", "random_scale", "blend_scale"):
             value = getattr(self, name)
             _check(0 < value < math.inf, f"arm.{name}", value, "> 0")
-        for name in ("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh"):
+        counts = ("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh")
+        for name in (*counts, "seed_pool_size", "candidates", "warm_start_rounds"):
             _check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
         for name in ("guide_bits", "estimate_bits"):
             _check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), "4, 8 or 32")
@@ -294,6 +311,8 @@ class ArmConfig:
             self.queries,
             f">= {needs}: one for the estimate and one per block",
         )
+        _check(self.seed_pool_size <= 1 << 32, "arm.seed_pool_size", self.seed_pool_size, "<= 2**32")
+        _check(self.most_held_rounds >= 0, "arm.most_held_rounds", self.most_held_rounds, ">= 0")
         _check(self.effective_rank >= 0, "arm.effective_rank", self.effective_rank, ">= 0")
         _check(0 <= self.basis_size <= 1000, "arm.basis_size", self.basis_size, "0 to 1000")
         _check(0 <= self.public_weight <= 1, "arm.public_weight", self.public_weight, "in [0, 1]")

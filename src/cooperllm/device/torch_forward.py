@@ -4,6 +4,7 @@ No graph is built, no gradient is kept, and θ enters as views of a perturbed co
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,6 +35,10 @@ class ForwardModel(Protocol):
 
     def loss(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
         """Returns the mean loss of a batch at θ, a scalar."""
+        ...
+
+    def checkpointed(self) -> AbstractContextManager[None]:
+        """Within it, layers keep their inputs alone for a backward pass."""
         ...
 
     def activation_mib(self, batch: Any) -> float:
@@ -115,12 +120,21 @@ class TorchForward:
                 model.scores(point, batch)
         return result
 
-    def train(self, theta: Float32[np.ndarray, "n"], batches: Sequence[Sequence[int]], learning_rate: float) -> Float32[np.ndarray, "n"]:
+    def train(
+        self,
+        theta: Float32[np.ndarray, "n"],
+        batches: Sequence[Sequence[int]],
+        learning_rate: float,
+        *,
+        checkpoints_activations: bool = False,
+    ) -> Float32[np.ndarray, "n"]:
         """Takes plain gradient steps by back-propagation: the bound, not something a small device does."""
         point = torch.from_numpy(theta.copy())
         for chosen in batches:
             point.requires_grad_()
             batch = self._model.batch(self._examples, [self.shard[position] for position in chosen])
-            (gradient,) = torch.autograd.grad(self._model.loss(point, batch), point)
+            with self._model.checkpointed() if checkpoints_activations else nullcontext():
+                loss = self._model.loss(point, batch)
+            (gradient,) = torch.autograd.grad(loss, point)
             point = point.detach() - learning_rate * gradient
         return point.numpy()
