@@ -89,19 +89,22 @@ def test_the_pool_of_public_gradients_survives_an_interruption(tmp_path):
         assert final_hash(tmp_path / str(stop)) == final_hash(whole.path)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4])
-@pytest.mark.parametrize("arm", [ArmName.FEDKSEED, ArmName.FWDLLM, ArmName.WARM_START, ArmName.FEDAVG_BP_CHECKPOINTED])
-def test_an_interrupted_baseline_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, arm, stop):
+@pytest.mark.parametrize(
+    ("arm", "stops"),
+    [(ArmName.FEDKSEED, [3]), (ArmName.FWDLLM, [2, 3, 4]), (ArmName.WARM_START, [1, 2, 3]), (ArmName.FEDAVG_BP_CHECKPOINTED, [3])],
+)
+def test_an_interrupted_baseline_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, arm, stops):
     """Cut in a warm start and after it; with held rounds in the checkpoint (after round 2), behind it, and just before their step."""
-    config = tiny(arm, num_rounds=5)
+    config = tiny(arm, num_rounds=5, evaluate_every=5)
     config = replace(config, arm=replace(config.arm, variance_threshold=1e-9))
     whole = cooperllm.run(config, tmp_path / "whole")
     if arm is ArmName.FWDLLM:
         assert [update.kind is StepKind.HOLD for update in RunDirectory(whole.path).updates()] == [False, True, True, True, False]
-    with pytest.raises(Interrupt):
-        cooperllm.run(config, tmp_path / "cut", interrupt_after(stop))
-    cut = cooperllm.resume(tmp_path / "cut")
-    assert (cut.path / "replay.log").read_bytes() == (whole.path / "replay.log").read_bytes()
+    for stop in stops:
+        with pytest.raises(Interrupt):
+            cooperllm.run(config, tmp_path / str(stop), interrupt_after(stop))
+        cut = cooperllm.resume(tmp_path / str(stop))
+        assert (cut.path / "replay.log").read_bytes() == (whole.path / "replay.log").read_bytes()
 
 
 def test_checkpointed_back_propagation_ends_with_the_bits_of_the_plain_one_and_a_third_more_passes(tmp_path):
