@@ -35,6 +35,9 @@ GRIDS = {
     ArmName.PAPER: (0.05, 0.1, 0.2),
     ArmName.FEDAVG_BP: (0.015, 0.03, 0.06),
     ArmName.DECOMFL: (0.001, 0.002, 0.004),
+    ArmName.FEDKSEED: (0.001, 0.002, 0.004),
+    ArmName.FWDLLM: (0.001, 0.002, 0.004),
+    ArmName.WARM_START: (0.001, 0.002, 0.004),
 }
 WIDEST = 7
 """Learning rates tried at most; a best one at the edge of so wide a grid is reported as such."""

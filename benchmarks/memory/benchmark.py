@@ -26,7 +26,7 @@ from cooperllm.link.loopback import Loopback
 from cooperllm.round import run_round
 from cooperllm.run_directory import RunDirectory
 
-ROWS = ("inference", "measured", "feedback", "mezo-fl", "fedavg-bp")
+ROWS = ("inference", "measured", "feedback", "mezo-fl", "fedavg-bp", "fedavg-bp-checkpointed")
 BATCHES = ((16, False), (16, True), (1, False))
 
 

@@ -64,12 +64,10 @@ class FrozenPrefix:
     @classmethod
     def find(cls, network: nn.Module, trained: Sequence[str]) -> "FrozenPrefix | None":
         """Finds the stack of layers and the first that is trained; None when nothing below it is frozen."""
-        backbone: Any = network.get_submodule("backbone")
-        depth = int(backbone.config.num_hidden_layers)
-        stacks = [(name, part) for name, part in network.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
-        if not stacks:
+        found = layer_stack(network)
+        if found is None:
             return None
-        path, stack = stacks[0]
+        path, stack = found
         outside = [name for name in trained if not name.startswith((f"{path}.", "classifier."))]
         inside = [int(name.removeprefix(f"{path}.").split(".")[0]) for name in trained if name.startswith(f"{path}.")]
         first = min(inside, default=0)
@@ -135,3 +133,17 @@ def original_layers(prefix: FrozenPrefix | None) -> Generator[None]:
         yield
     finally:
         prefix.restore()
+
+
+def layer_stack(network: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Finds the list that a network's Transformer layers stand in.
+
+    Args:
+        network: A network with a Hugging Face model as its `backbone`.
+
+    Returns:
+        (path of the list, the list), or None where layers are kept in another way.
+    """
+    backbone: Any = network.get_submodule("backbone")
+    depth = int(backbone.config.num_hidden_layers)
+    return next(((name, part) for name, part in network.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth), None)

@@ -10,7 +10,6 @@ Every message that answers another carries the versions of what it was computed 
 (s, g · 2³² + j), so that whoever knows (s, g) can rebuild it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
@@ -37,6 +36,14 @@ class Outcome(Enum):
     NON_FINITE_LOSS = "non-finite loss"
     LOST = "lost"
     MISMATCH = "answers another plan"
+
+
+class StepKind(Enum):
+    """What an update does: a step; nothing yet, a later step names its terms again; or a step from moments of zero."""
+
+    STEP = "step"
+    HOLD = "hold"
+    RESTART = "restart"
 
 
 class Grouping(Enum):
@@ -132,6 +139,9 @@ class Probes:
         random_scale: Half-step μ along a random direction, > 0.
         blend: Share α of the isotropic part in a guided perturbation, in [0, 1]; None leaves random directions as they are.
         blend_scale: Length β of a guided perturbation, > 0.
+        pool_seed: Names the pool that random directions are drawn from, member k being the noise (pool_seed, k); None makes new ones.
+        pool_size: Members of the pool.
+        num_candidates: Random directions made for each query, of which the one that lies most along the first column is used.
     """
 
     measures_columns: bool
@@ -141,6 +151,9 @@ class Probes:
     random_scale: float
     blend: float | None = None
     blend_scale: float = 1.0
+    pool_seed: Seed | None = None
+    pool_size: Positive = 1
+    num_candidates: Positive = 1
 
     def __post_init__(self) -> None:
         if not (self.column_scale > 0 and self.random_scale > 0 and self.blend_scale > 0):
@@ -156,10 +169,12 @@ class LocalTraining:
     Attributes:
         num_steps: Local gradient steps.
         learning_rate: Local step size, > 0.
+        checkpoints_activations: Whether a layer keeps its input alone and runs again for its backward pass: memory for time.
     """
 
     num_steps: Positive
     learning_rate: Annotated[float, Meta(gt=0)]
+    checkpoints_activations: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,16 +216,31 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """Names random directions that are not the first ones of their group and round: a pool (group 0) or another round, and positions."""
+
+    seed: Seed
+    group: Count
+    positions: tuple[Count, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RandomTerm:
     """The part of an update that lies along one group's random directions.
 
     Attributes:
-        group: Whose directions.
+        group: Who measured along them.
         coefficients: One number per direction, shape [P].
+        chosen: Which directions; None means the first P of the group in the update's own round.
     """
 
     group: Count
     coefficients: Float32[np.ndarray, "_P"]
+    chosen: Chosen | None = None
+
+    def __post_init__(self) -> None:
+        if self.chosen is not None and len(self.chosen.positions) != len(self.coefficients):
+            raise ValueError(f"term: {len(self.chosen.positions)} positions found, {len(self.coefficients)} expected")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,6 +257,7 @@ class Update:
         random_terms: Parts along random directions.
         dense: A direction in full, packed, or None.
         theta_hash: Digest of the replica's state after the step.
+        kind: Whether it moves the replica.
     """
 
     round_index: Count
@@ -238,6 +269,7 @@ class Update:
     random_terms: tuple[RandomTerm, ...]
     dense: Packed | None
     theta_hash: Digest
+    kind: StepKind = StepKind.STEP
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -353,37 +385,3 @@ class EdgeReport:
     agreement: Float32[np.ndarray, "_b"]
     energy: Float32[np.ndarray, "_b"]
     forward_passes: Count
-
-
-def probe_index(group: int, position: int) -> int:
-    """Numbers the random directions of a round without collisions.
-
-    Args:
-        group: Whose direction, in [0, 2³²).
-        position: Position within the group, in [0, 2³²).
-
-    Returns:
-        Index for `algorithm.noise`, in [0, 2⁶⁴).
-
-    Example:
-        >>> probe_index(1, 2)
-        4294967298
-    """
-    return (group << 32) | position
-
-
-def probe_indices(group: int, count: int) -> Iterator[int]:
-    """Yields the indices of a group's first `count` directions.
-
-    Args:
-        group: Whose directions.
-        count: How many, >= 0.
-
-    Yields:
-        Indices in order.
-
-    Example:
-        >>> list(probe_indices(0, 3))
-        [0, 1, 2]
-    """
-    return (probe_index(group, position) for position in range(count))

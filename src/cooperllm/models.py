@@ -11,6 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, TRANSF
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cooperllm.activation_checkpointing import checkpointed
 from cooperllm.adapted_modules import AdaptedModules
 from cooperllm.algorithm import noise
 from cooperllm.config import AdapterKind, ModelConfig, Objective
@@ -229,6 +231,10 @@ class Model:
             return self._call(theta, batch)
         with self._prefix.resumed(batch.states):
             return self._call(theta, batch)
+
+    def checkpointed(self) -> AbstractContextManager[None]:
+        """Within it, a forward pass keeps the inputs of its layers alone; see `activation_checkpointing`."""
+        return checkpointed(self._network)
 
     def activation_mib(self, batch: Batch) -> float:
         """Estimates the memory that one point of a batched pass takes: the widest layer's activations, in MiB."""

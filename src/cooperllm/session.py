@@ -20,9 +20,10 @@ import torch
 
 from cooperllm import report
 from cooperllm.algorithm import replay
+from cooperllm.algorithm.baselines import arm
 from cooperllm.assembly import Assembly, Material, assemble, make_devices
 from cooperllm.cloud import Cloud
-from cooperllm.config import ArmName, EngineName, RunConfig, to_plain
+from cooperllm.config import EngineName, RunConfig, to_plain
 from cooperllm.edge import Edge
 from cooperllm.errors import RunDirectoryError
 from cooperllm.link import flower
@@ -220,7 +221,8 @@ def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update]
             f"{files.path / 'checkpoint.bin'} belongs to another configuration; delete it: the replay log alone is enough"
         )
     if checkpoint is not None and checkpoint.snapshot.model_version <= len(updates):
-        cloud.restore(replay.restore(checkpoint.snapshot, assembly.material.model.layout.size), checkpoint.pool, checkpoint.maps)
+        done = updates[: checkpoint.snapshot.model_version]
+        cloud.restore(replay.restore(checkpoint.snapshot, assembly.material.model.layout.size), checkpoint.pool, checkpoint.maps, done)
     for update in updates[cloud.replica.model_version :]:
         cloud.replay(update)
     figures = files.rounds() if edges else []
@@ -274,7 +276,7 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
         "loss": None,
         "validation_accuracy": None,
         "public_loss": result.public_loss,
-        **dict.fromkeys(("rho", "weight", "shrinkage", "span_energy", "slope_variance", "gain")),
+        **dict.fromkeys(("rho", "weight", "shrinkage", "span_energy", "slope_variance", "gain", "relative_variance")),
         **closed.observed,
         "queries": result.queries,
         "forward_passes": result.forward_passes,
@@ -346,7 +348,7 @@ def _arm_summary(config: RunConfig, rounds: Sequence[Mapping[str, Any]]) -> dict
         "bytes_between": sum(row["bytes_between"] for row in rounds),
         "wall_seconds": round(sum(row["seconds"] for row in rounds), 2),
         "seed": config.seed,
-        "uses_back_propagation_on_devices": config.arm.name is ArmName.FEDAVG_BP,
+        "uses_back_propagation_on_devices": arm(config.arm.name).local_training(config.arm) is not None,
         "dropped_reports": dropped,
     }
 

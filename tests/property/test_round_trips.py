@@ -23,6 +23,7 @@ from cooperllm.edge import Edge
 from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import (
+    Chosen,
     DeviceReport,
     EdgeReport,
     Feedback,
@@ -38,6 +39,7 @@ from cooperllm.messages import (
     RandomSlopes,
     RandomTerm,
     Snapshot,
+    StepKind,
     Update,
 )
 
@@ -94,8 +96,11 @@ PROBES = fields_of(
     random_scale=POSITIVE,
     blend=st.none() | st.floats(0.0, 1.0),
     blend_scale=POSITIVE,
+    pool_seed=st.none() | SEEDS,
+    pool_size=st.integers(1, 1 << 32),
+    num_candidates=st.integers(1, 1 << 32),
 )
-TRAINING = fields_of(LocalTraining, num_steps=st.integers(1, 1 << 32), learning_rate=POSITIVE)
+TRAINING = fields_of(LocalTraining, num_steps=st.integers(1, 1 << 32), learning_rate=POSITIVE, checkpoints_activations=st.booleans())
 PLANS = fields_of(
     Plan,
     round_index=COUNTS,
@@ -113,7 +118,15 @@ PLANS = fields_of(
     feedback=st.none() | FEEDBACK,
     maps=st.none() | MAPS,
 )
-TERMS = fields_of(RandomTerm, group=COUNTS, coefficients=ANY)
+CHOSEN = fields_of(Chosen, seed=SEEDS, group=COUNTS, positions=few(COUNTS))
+TERMS = fields_of(RandomTerm, group=COUNTS, coefficients=ANY) | few(COUNTS).flatmap(
+    lambda positions: fields_of(
+        RandomTerm,
+        group=COUNTS,
+        coefficients=vectors(st.just(len(positions))),
+        chosen=fields_of(Chosen, seed=SEEDS, group=COUNTS, positions=st.just(positions)),
+    )
+)
 UPDATES = fields_of(
     Update,
     round_index=COUNTS,
@@ -125,6 +138,7 @@ UPDATES = fields_of(
     random_terms=few(TERMS),
     dense=st.none() | PACKED,
     theta_hash=DIGESTS,
+    kind=st.sampled_from(StepKind),
 )
 SNAPSHOTS = fields_of(Snapshot, model_version=COUNTS, theta=ANY, moments=few(ANY))
 ORDERS = fields_of(Order, device_id=COUNTS, group=COUNTS, plan=PLANS, updates=few(UPDATES), snapshot=st.none() | SNAPSHOTS)
@@ -165,6 +179,7 @@ MESSAGES = {
     Feedback: FEEDBACK,
     Probes: PROBES,
     LocalTraining: TRAINING,
+    Chosen: CHOSEN,
     Plan: PLANS,
     RandomTerm: TERMS,
     Update: UPDATES,

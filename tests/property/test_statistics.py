@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cooperllm.algorithm import noise
 from cooperllm.algorithm.guidance import guided_perturbations, orthonormalise
+from cooperllm.algorithm.noise import probe_indices
 from cooperllm.algorithm.zeroth_order import estimate, slopes
-from cooperllm.messages import probe_indices
 
 SEEDS = st.integers(0, (1 << 64) - 1)
 UNIT = 2.0**-24

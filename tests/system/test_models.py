@@ -1,5 +1,6 @@
 """The default model, adapters, prefix cache, label words and export: the real weights, and plain PEFT as the judge."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -132,6 +133,29 @@ def test_slopes_of_the_default_model_agree_with_back_propagation():
     exact = np.array([float(gradient @ torch.from_numpy(z)) for z in directions])
     # Rounding of two float32 losses near 1 gives 1e-7 / 2e-3 = 5e-5; the cubic term is of the same order at this step.
     np.testing.assert_allclose(measured, exact, atol=5e-3 * float(gradient.norm()))
+
+
+@pytest.mark.parametrize("caches_prefix", [True, False])
+@pytest.mark.parametrize("config", [ModelConfig(last_layers=3), WORDS, replace(WORDS, adapter=AdapterKind.FULL, target_modules=())])
+def test_checkpointed_layers_give_the_same_gradient_and_keep_less(config, caches_prefix):
+    """The second run of a layer comes when the network holds its own weights again: with those the gradient would be of another point."""
+    model = models.load(replace(config, caches_prefix=caches_prefix), 2)
+    batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
+    kept, gradients = [], []
+    for context in (nullcontext(), model.checkpointed()):
+        point, sizes = moved(model).requires_grad_(), []
+
+        def count(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with context, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = torch.nn.functional.cross_entropy(model.scores(point, batch), batch.labels)
+        gradients.append(torch.autograd.grad(loss, point)[0])
+        kept.append(sum(sizes))
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
+    assert kept[1] < kept[0] / 2
 
 
 def test_a_long_text_is_cut_but_its_prompt_is_not():

@@ -4,7 +4,7 @@ Run: pytest tests/unit/test_arms.py
 """
 
 import math
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,13 +14,15 @@ from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.arms import Measured, Public
 from cooperllm.algorithm.baselines import CloudOnly, FederatedAveraging, PlainZerothOrder, arm
 from cooperllm.algorithm.compression import packed_bytes
-from cooperllm.algorithm.guidance import blend_weights, guided_perturbations, inside, orthonormalise, signs
+from cooperllm.algorithm.fwdllm import largest_square, relative_variance
+from cooperllm.algorithm.guidance import blend_weights, guided_perturbations, inside, orthonormalise, random_directions, signs
 from cooperllm.algorithm.measured import MeasuredArm, regression_slope, shrinkage
+from cooperllm.algorithm.noise import probe_indices
 from cooperllm.algorithm.paper import PaperArm, optimal_weight
 from cooperllm.cloud import state
 from cooperllm.config import ArmConfig, ArmName, OptimizerConfig, Rectification
 from cooperllm.edge import Edge
-from cooperllm.messages import Grouping, Probes, RandomSlopes, probe_indices
+from cooperllm.messages import Grouping, Probes, RandomSlopes, StepKind
 
 SEED = 41
 UNIT = 2.0**-24
@@ -549,7 +551,183 @@ def test_federated_averaging_hands_on_the_mean_change():
     assert (task.num_steps, task.learning_rate) == (3, 0.2)
 
 
-@pytest.mark.parametrize("name", [ArmName.MEASURED, ArmName.PAPER, ArmName.MEZO_FL, ArmName.DECOMFL])
+# FedKSeed
+
+POOL = {"pool_seed": 77, "pool_size": 1 << 32}
+
+
+def fedkseed_step(private, count, groups=(0,), weights=None, **pool):
+    """A round of the arm on exact slopes, and the step that replicas make of it."""
+    method, size = arm(ArmName.FEDKSEED), len(private)
+    asked = plan(replace(method.probes(ArmConfig(queries=count), 0, 0), **POOL | pool))
+
+    def members(group, _count, _size):
+        return list(random_directions(SEED, group, asked.probes, [], size))
+
+    nowhere = np.zeros((0, size), np.float32)
+    reports = measured(nowhere, private, groups, count, weights, directions=members)
+    return step(method.combine(ArmConfig(), asked, public_of(nowhere), reports), nowhere), members
+
+
+def test_fedkseeds_step_is_the_weighted_mean_of_slopes_along_members_of_the_pool():
+    private = gradient(20)
+    found, members = fedkseed_step(private, 3, groups=(1, 6), weights=[1, 3], pool_size=5)
+    pool = [noise.gaussian(77, member, 20) for member in range(5)]
+    expected = np.zeros(20)
+    for group, share in ((1, 1 / 4), (6, 3 / 4)):
+        for z in members(group, 3, 20):
+            assert any(np.array_equal(z, member) for member in pool)
+            expected += share / 3 * (z.astype(np.float64) @ private) * z
+    # Six slopes of size |∇f| |z| and six directions with entries below 4.33 are rounded a few times each.
+    assert np.abs(found - expected).max() < 6 * 6 * UNIT * 4.33 * np.linalg.norm(private) * 3 * math.sqrt(20)
+
+
+def test_fedkseed_is_unbiased_over_a_pool_that_is_never_exhausted():
+    size, count = 6, 3000
+    private = gradient(size).astype(np.float64)
+    found, _ = fedkseed_step(gradient(size), count)
+    # One estimate (z·∇f) z has variance |∇f|² + ∇f_i² in coordinate i.
+    assert (np.abs(found - private) < 5 * np.sqrt((private @ private + private**2) / count)).all()
+
+
+def test_fedkseed_with_two_seeds_never_leaves_the_plane_of_two_directions():
+    """What a finite pool costs, and what the docstring says of it: E[d] is (1/K) Σ z zᵀ ∇f."""
+    size, count = 12, 4000
+    private, pool = (
+        gradient(size).astype(np.float64),
+        np.stack([noise.gaussian(77, member, size) for member in range(2)]).astype(np.float64),
+    )
+    found, _ = fedkseed_step(gradient(size), count, pool_size=2)
+    expected = pool.T @ (pool @ private) / 2
+    # Both members are drawn N(P/2, P/4) times: their shares are off by 1/√(4P).
+    assert np.linalg.norm(found - expected) < 5 / math.sqrt(4 * count) * np.linalg.norm((pool @ private)[:, None] * pool, axis=1).sum()
+    assert np.linalg.matrix_rank(np.stack([*pool, found]), tol=1e-4 * np.linalg.norm(found)) == 2
+
+
+# FwdLLM
+
+MOMENTUM = orthonormalise([noise.gaussian(400, 0, 6)], 6)
+NEVER_WAITS = ArmConfig(most_held_rounds=0)
+
+
+def fwdllm_round(config, span, reports_of, groups, held=(), seed=SEED):
+    """A round of the arm; `reports_of` gives the slope of a device along a direction."""
+    method, size = arm(ArmName.FWDLLM), span.shape[1]
+    asked = replace(plan(method.probes(config, 1, 0)), seed=seed)
+    found = {group: list(random_directions(seed, group, asked.probes, list(span), size)) for group in groups}
+    slopes = {group: np.array([reports_of(group, z) for z in found[group]], np.float32) for group in groups}
+    random = tuple(RandomSlopes(group=group, num_examples=4, slopes=values) for group, values in slopes.items())
+    reports = replace(measured(span[:0], np.zeros(size, np.float32)), num_devices=len(groups), random_slopes=random, held=held)
+    return method.combine(config, asked, public_of(span), reports), found, slopes
+
+
+def on_a_linear_loss(private):
+    return lambda _group, z: float(z.astype(np.float64) @ private.astype(np.float64))
+
+
+@pytest.mark.parametrize("candidates", [2, 10])
+def test_fwdllm_probes_of_all_candidates_the_one_along_the_last_step(candidates):
+    config = replace(NEVER_WAITS, candidates=candidates, queries=3)
+    _, found, _ = fwdllm_round(config, MOMENTUM, on_a_linear_loss(gradient(6)), groups=(4,))
+    made = np.stack(gaussians(4, 3 * candidates, 6)).reshape(3, candidates, 6)
+    for query, direction in enumerate(found[4]):
+        overlaps = np.abs(made[query].astype(np.float64) @ MOMENTUM[0])
+        assert np.array_equal(direction, made[query][overlaps.argmax()])
+
+
+def test_fwdllms_choice_among_candidates_does_not_bias_its_step():
+    """Uncorrected it would be κ = 3.8 times too long along the last step."""
+    size, count, config = 6, 3000, replace(NEVER_WAITS, queries=3000)
+    private = gradient(size).astype(np.float64)
+    coordinates, found, slopes = fwdllm_round(config, MOMENTUM, on_a_linear_loss(gradient(size)), groups=(0,))
+    estimates = np.stack(found[0]).astype(np.float64) * slopes[0].astype(np.float64)[:, None]
+    along = MOMENTUM[0].astype(np.float64)
+    corrected = estimates - (1 - 1 / largest_square(10)) * (estimates @ along)[:, None] * along
+    # The spread of single estimates, measured on the same draws, gives the mean's standard error.
+    error = corrected.std(axis=0) / math.sqrt(count)
+    found_step = step(coordinates, MOMENTUM)
+    assert (np.abs(found_step - private) < 5 * error).all()
+    wrong = (largest_square(10) - 1) * abs(private @ along)
+    assert wrong > 5 * abs(corrected @ along).std() / math.sqrt(count), "the test could not see the bias"
+    assert abs(found_step @ along - private @ along) < wrong / 4
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1.0), (2, 1 + 2 / math.pi)])
+def test_the_largest_of_two_squares_is_known_in_closed_form(count, expected):
+    """E max(x², y²) = 1 + E|x² - y²|/2 = 1 + 2/π. The trapezoids' error is of order 10⁻⁸."""
+    assert largest_square(count) == pytest.approx(expected, abs=1e-7)
+
+
+def test_fwdllm_before_its_first_step_is_mezo():
+    nowhere, config = np.zeros((0, 6), np.float32), ArmConfig(queries=3)
+    coordinates, _, _ = fwdllm_round(config, nowhere, on_a_linear_loss(gradient(6)), groups=(1, 5))
+    reports = measured(nowhere, gradient(6), groups=(1, 5), num_random=3)
+    mezo = PlainZerothOrder(Grouping.DEVICE).combine(config, plan(), public_of(nowhere), reports)
+    assert np.array_equal(step(coordinates, nowhere), step(mezo, nowhere))
+    assert coordinates.kind is StepKind.STEP
+
+
+def disagreeing(group, z):
+    """Devices with opposite gradients along the last step: their mean there is nothing."""
+    return float(z.astype(np.float64) @ MOMENTUM[0]) * (1 if group % 2 else -1)
+
+
+def test_fwdllm_waits_while_devices_disagree_and_steps_when_they_agree():
+    held, _, _ = fwdllm_round(ArmConfig(), MOMENTUM, disagreeing, groups=(0, 1, 2, 3))
+    stepped, _, _ = fwdllm_round(ArmConfig(), MOMENTUM, on_a_linear_loss(MOMENTUM[0]), groups=(0, 1, 2, 3))
+    assert (held.kind, stepped.kind) == (StepKind.HOLD, StepKind.STEP)
+    assert held.observed["relative_variance"] > ArmConfig().variance_threshold >= stepped.observed["relative_variance"]
+    assert len(held.columns) == 0, "a held round needs no guide in the log"
+
+
+def test_fwdllm_waits_no_longer_than_it_may():
+    rounds = []
+    for seed in range(4):
+        found, _, _ = fwdllm_round(
+            ArmConfig(variance_threshold=1e-9, most_held_rounds=3), MOMENTUM, disagreeing, (0, 1), tuple(rounds), seed
+        )
+        rounds.append(found.random_terms)
+        assert found.kind is (StepKind.STEP if seed == 3 else StepKind.HOLD)
+    assert len(found.random_terms) == 4 * 2
+
+
+def test_the_step_after_a_wait_is_the_mean_of_all_its_rounds():
+    """The sum would be twice as long; a step that forgot the held round would be that of its own round."""
+    private = on_a_linear_loss(gradient(6))
+    waits, steps = ArmConfig(variance_threshold=1e-9), NEVER_WAITS
+    held, _, _ = fwdllm_round(waits, MOMENTUM, private, (0, 1), seed=3)
+    assert held.kind is StepKind.HOLD
+    both, _, _ = fwdllm_round(steps, MOMENTUM, private, (2, 3, 4), (held.random_terms,), seed=8)
+    alone = [fwdllm_round(steps, MOMENTUM, private, groups, seed=seed)[0] for groups, seed in (((0, 1), 3), ((2, 3, 4), 8))]
+    mean = sum(step(found, MOMENTUM) for found in alone) / 2
+    # Some 25 terms of size |z|² |∇f| / 25 < 4 · 6 |∇f| / 25 are rounded a few times each, here and there, and so are two columns.
+    assert np.abs(step(both, MOMENTUM) - mean).max() < 2 * 10 * UNIT * 4 * 6 * np.linalg.norm(gradient(6))
+
+
+def test_relative_variance_is_that_of_the_mean_of_reports():
+    values = noise.gaussian(7, 0, 9).astype(np.float64) + 1
+    expected = values.var(ddof=1) / 9 / values.mean() ** 2
+    assert relative_variance(values / 9) == pytest.approx(expected, rel=1e-12)
+    assert relative_variance(values[:1]) == relative_variance(np.zeros(3)) == math.inf
+
+
+# Warm start
+
+
+def test_a_warm_start_has_a_step_size_for_each_phase_and_hands_over_once():
+    method, config = arm(ArmName.WARM_START), ArmConfig(learning_rate=1e-3, warm_start_learning_rate=0.5, warm_start_rounds=2)
+    span, private = span_of(1, 9), gradient(9)
+    reports = measured(span[:0], private, groups=(1,), num_random=2)
+    found = [method.combine(config, replace(plan(), round_index=index), public_of(span, private), reports) for index in range(4)]
+    assert [method.learning_rate(config, index) for index in range(4)] == [0.5, 0.5, 1e-3, 1e-3]
+    assert [coordinates.kind for coordinates in found] == [StepKind.STEP, StepKind.STEP, StepKind.RESTART, StepKind.STEP]
+    cloud = CloudOnly().combine(config, plan(), public_of(span, private), reports)
+    mezo = PlainZerothOrder(Grouping.DEVICE).combine(config, plan(), public_of(span, private), reports)
+    for coordinates, expected in zip(found, (cloud, cloud, mezo, mezo), strict=True):
+        assert np.array_equal(step(coordinates, span), step(expected, span))
+
+
+@pytest.mark.parametrize("name", [ArmName.MEASURED, ArmName.PAPER, ArmName.MEZO_FL, ArmName.DECOMFL, ArmName.FEDKSEED, ArmName.FWDLLM])
 @pytest.mark.parametrize("num_rows", [0, 9])
 def test_every_zeroth_order_arm_spends_the_same_queries(name, num_rows):
     probes = arm(name).probes(ArmConfig(queries=6), 1, num_rows)
@@ -565,17 +743,23 @@ def test_every_zeroth_order_arm_spends_the_same_queries(name, num_rows):
         (ArmName.PAPER, {"has_gradient"}),
         (ArmName.MEZO_FL, set()),
         (ArmName.DECOMFL, set()),
+        (ArmName.FEDKSEED, {"has_pool"}),
+        (ArmName.FWDLLM, {"has_momentum"}),
+        (ArmName.WARM_START, {"has_gradient"}),
         (ArmName.CLOUD_ONLY, {"has_gradient"}),
         (ArmName.FEDAVG_BP, set()),
+        (ArmName.FEDAVG_BP_CHECKPOINTED, set()),
     ],
 )
 def test_a_method_gets_from_the_cloud_what_its_paper_says_and_no_more(name, expected):
     """Momentum or a basis for the paper's arm, or a gradient for MeZO, would be another method under its name."""
-    assert {choice for choice in ("has_gradient", "has_momentum", "has_basis", "has_maps") if getattr(arm(name), choice)} == expected
+    choices = ("has_gradient", "has_momentum", "has_basis", "has_maps", "has_pool")
+    assert {choice for choice in choices if getattr(arm(name), choice)} == expected
 
 
 def test_every_method_has_a_name():
-    assert len({type(arm(name)) for name in ArmName} | {arm(name) for name in (ArmName.MEZO_FL, ArmName.DECOMFL)}) == len(ArmName) + 1
+    """Those that share a class differ in what they were made with."""
+    assert len({(type(method), repr(method) if is_dataclass(method) else "") for method in map(arm, ArmName)}) == len(ArmName)
 
 
 def test_only_the_feedback_arm_keeps_queries_from_columns_and_random_directions():

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import sample_messages
 
+from cooperllm.algorithm.noise import probe_index, probe_indices
 from cooperllm.errors import DecodeError
 from cooperllm.link import codec
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import (
+    Chosen,
     DeviceReport,
     EdgeReport,
     Feedback,
@@ -29,8 +31,6 @@ from cooperllm.messages import (
     RandomTerm,
     Snapshot,
     Update,
-    probe_index,
-    probe_indices,
 )
 
 MIB = 1 << 20
@@ -66,7 +66,8 @@ def plan():
 
 
 def update():
-    terms = (RandomTerm(group=1, coefficients=np.zeros(2, np.float32)),)
+    chosen = Chosen(seed=7, group=0, positions=(4095, 3))
+    terms = tuple(RandomTerm(group=1, coefficients=np.zeros(2, np.float32), chosen=named) for named in (None, chosen))
     return sample_messages.update(column_coefficients=np.ones(2, np.float32), random_terms=terms, dense=PACKED)
 
 
@@ -106,7 +107,13 @@ def test_a_term_is_written_as_documented():
     assert msgspec.msgpack.decode(encode(RandomTerm(group=1, coefficients=np.array([1, -2], np.float32)))) == {
         "group": 1,
         "coefficients": ARRAY,
+        "chosen": None,
     }
+
+
+@pytest.mark.parametrize("positions", [(), (1,), (1, 2, 3)])
+def test_a_term_that_names_more_or_fewer_directions_than_it_weighs_is_refused(positions):
+    refuses(term(chosen={"seed": 1, "group": 0, "positions": positions}), RandomTerm)
 
 
 def test_arrays_keep_every_bit():
@@ -138,7 +145,7 @@ def test_every_truncation_is_refused(message):
 @EVERY_KIND
 def test_every_field_without_a_default_must_be_there(message):
     plain = msgspec.msgpack.decode(encode(message))
-    optional = {"probes", "local_training", "feedback", "maps", "format_version"}
+    optional = {"probes", "local_training", "feedback", "maps", "format_version", "kind"}
     for name in plain.keys() - optional:
         refuses(damaged(message, **{name: ...}), type(message))
 

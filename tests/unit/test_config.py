@@ -26,7 +26,11 @@ from cooperllm.config import (
 )
 from cooperllm.errors import ConfigError, CooperLLMError
 
-POSITIVE_COUNTS = ("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh")
+POSITIVE_COUNTS = (
+    *("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh"),
+    *("seed_pool_size", "candidates", "warm_start_rounds"),
+)
+RATES = ("learning_rate", "warm_start_learning_rate", "local_learning_rate", "variance_threshold")
 
 OUTSIDE = [
     (ModelConfig, {"name": ""}, "model.name", "''"),
@@ -61,10 +65,12 @@ OUTSIDE = [
     (OptimizerConfig, {"epsilon": 0.0}, "optimizer.epsilon", "0.0"),
     *[
         (ArmConfig, {name: value}, f"arm.{name}", repr(value))
-        for name in ("learning_rate", "column_scale", "random_scale", "blend_scale", "local_learning_rate")
+        for name in (*RATES, "column_scale", "random_scale", "blend_scale")
         for value in (0.0, -1.0, math.nan, math.inf)
     ],
     *[(ArmConfig, {name: 0}, f"arm.{name}", "0") for name in POSITIVE_COUNTS],
+    (ArmConfig, {"seed_pool_size": (1 << 32) + 1}, "arm.seed_pool_size", str((1 << 32) + 1)),
+    (ArmConfig, {"most_held_rounds": -1}, "arm.most_held_rounds", "-1"),
     (ArmConfig, {"guide_bits": 16}, "arm.guide_bits", "16"),
     (ArmConfig, {"estimate_bits": 16}, "arm.estimate_bits", "16"),
     (ArmConfig, {"basis_size": -1}, "arm.basis_size", "-1"),
@@ -101,6 +107,7 @@ AT_THE_EDGE = [
     (ArmConfig, {"basis_size": 1000, "map_examples": 8, "map_components": 1, "map_refresh": 1, "estimate_bits": 32}),
     (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 3, "feedback_blocks": 2, "local_steps": 1}),
     (ArmConfig, {"name": ArmName.MEASURED, "queries": 2, "feedback_blocks": 2}),
+    (ArmConfig, {"seed_pool_size": 1 << 32, "candidates": 1, "most_held_rounds": 0, "warm_start_rounds": 1}),
     (ArmConfig, {"public_weight": 0.0, "pool_size": 1, "local_steps": 1}),
     (RunConfig, {"seed": (1 << 63) - 1, "num_rounds": 1, "evaluate_every": 1, "checkpoint_every": 1, "memory_mib": None}),
 ]

@@ -20,7 +20,8 @@ from cooperllm.algorithm.guidance import (
     random_directions,
     signs,
 )
-from cooperllm.messages import Grouping, Probes, probe_index, probe_indices
+from cooperllm.algorithm.noise import probe_index, probe_indices
+from cooperllm.messages import Grouping, Probes
 
 UNIT = 2.0**-24
 """Largest relative error of one float32 operation."""

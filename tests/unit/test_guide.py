@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cooperllm.algorithm import compression, noise, replay
-from cooperllm.algorithm.guidance import digest
+from cooperllm.algorithm.guidance import digest, orthonormalise
 from cooperllm.cloud import Cloud, GuideMaker, MapFitter
 from cooperllm.config import ArmConfig, ArmName, FederationConfig, RunConfig
 from cooperllm.errors import DivergenceError
@@ -220,12 +220,40 @@ def test_a_guide_holds_no_more_than_the_queries_can_measure(changes, num_columns
     assert (guide.num_columns, guide.has_momentum, len(prepared.public.basis)) == (num_columns, has_momentum, num_rows)
 
 
-@pytest.mark.parametrize("name", [ArmName.MEZO_FL, ArmName.DECOMFL, ArmName.FEDAVG_BP])
+@pytest.mark.parametrize("name", [ArmName.MEZO_FL, ArmName.DECOMFL, ArmName.FEDKSEED, ArmName.FEDAVG_BP])
 def test_an_arm_without_a_cloud_gets_no_guide(name):
     prepared = cloud_of(EVERY_CLASS, ArmConfig(name=name)).plan()
     assert prepared.plan.guide is prepared.public_loss is None
     assert (prepared.plan.guide_version, prepared.plan.num_columns, len(prepared.public.basis)) == (-1, 0, 0)
     assert prepared.plan.guide_hash == digest(np.zeros((0, SIZE), np.float32))
+
+
+def test_fwdllms_guide_is_the_momentum_alone_and_costs_a_header():
+    cloud = cloud_of(EVERY_CLASS, ArmConfig(name=ArmName.FWDLLM), rounds=2)
+    prepared = cloud.plan()
+    (column,) = prepared.public.span
+    (momentum,) = cloud.replica.moments
+    assert np.array_equal(column, orthonormalise([momentum], SIZE)[0])
+    assert len(prepared.plan.guide.payload) == compression.packed_bytes(0, SIZE, 4)
+    assert prepared.public_loss is None
+    assert len(cloud_of(EVERY_CLASS, ArmConfig(name=ArmName.FWDLLM)).plan().public.span) == 0, "there is no last step yet"
+
+
+def test_a_pool_of_directions_is_one_for_all_rounds_of_a_run_and_another_for_another_run():
+    config = ArmConfig(name=ArmName.FEDKSEED, seed_pool_size=64)
+    first, third = (cloud_of(EVERY_CLASS, config, rounds=rounds) for rounds in (0, 2))
+    assert first.plan().plan.probes == third.plan().plan.probes
+    assert first.plan().plan.probes.pool_size == 64
+    first.config = replace(first.config, seed=1)
+    assert first.plan().plan.probes.pool_seed != third.plan().plan.probes.pool_seed
+
+
+def test_a_warm_start_asks_no_device_until_it_hands_over_and_sends_no_guide_after():
+    config = ArmConfig(name=ArmName.WARM_START, warm_start_rounds=2)
+    plans = [cloud_of(EVERY_CLASS, config, rounds=rounds).plan().plan for rounds in range(4)]
+    assert [len(plan.cohort) for plan in plans] == [0, 0, 5, 5]
+    assert [plan.guide is None for plan in plans] == [False, False, True, True]
+    assert [plan.probes is None for plan in plans] == [True, True, False, False]
 
 
 def answered(prepared):

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from cooperllm.algorithm import noise
-from cooperllm.algorithm.noise import BLOCK, Stream
-from cooperllm.messages import probe_index
+from cooperllm.algorithm.noise import BLOCK, Stream, probe_index
 
 WORD = (1 << 64) - 1
 

@@ -11,11 +11,12 @@ import sample_messages
 
 from cooperllm.algorithm import compression, noise, replay
 from cooperllm.algorithm.guidance import orthonormalise
+from cooperllm.algorithm.noise import probe_index
 from cooperllm.algorithm.replay import Replica
 from cooperllm.config import OptimizerConfig, OptimizerKind
 from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import Guide, Packed, RandomTerm, Snapshot, Update, probe_index
+from cooperllm.messages import Chosen, Guide, Packed, RandomTerm, Snapshot, StepKind, Update
 
 SIZE = 300
 UNIT = 2.0**-24
@@ -224,6 +225,33 @@ def test_random_terms_are_rebuilt_from_their_seeds():
     one, two = noise.gaussian(77, probe_index(3, 0), SIZE), noise.gaussian(77, probe_index(3, 1), SIZE)
     expected = np.float32(2) * one + np.float32(-1) * two + np.float32(4) * noise.gaussian(77, probe_index(8, 0), SIZE)
     assert np.array_equal(found, expected)
+
+
+def test_chosen_directions_are_those_of_the_seed_group_and_positions_that_a_term_names():
+    """Not of the update's own seed: a held round's terms, and a pool's, come from elsewhere."""
+    chosen = Chosen(seed=5, group=2, positions=(9, 9, 0))
+    term = RandomTerm(group=3, coefficients=np.array([2, -1, 4], np.float32), chosen=chosen)
+    found = replay.direction(initial(), blank(initial(), seed=77, random_terms=(term,)), np.zeros((0, SIZE), np.float32))
+    again, other = (noise.gaussian(5, probe_index(2, position), SIZE) for position in (9, 0))
+    assert np.array_equal(found, np.float32(2) * again + np.float32(-1) * again + np.float32(4) * other)
+
+
+@OPTIMIZERS
+def test_a_held_round_moves_nothing_but_the_version(optimizer):
+    before = replay.step(initial(optimizer), noise.gaussian(4, 0, SIZE), 0.1, optimizer)
+    update, after = replay.seal(before, replace(guided(before), kind=StepKind.HOLD), optimizer)
+    assert after.model_version == before.model_version + 1
+    assert after.state_hash == before.state_hash == update.theta_hash
+    assert replay.apply(before, travelled(update), optimizer).model_version == after.model_version
+
+
+@OPTIMIZERS
+def test_a_restart_steps_as_if_nothing_had_moved_before(optimizer):
+    before = replay.step(initial(optimizer), noise.gaussian(4, 0, SIZE), 0.1, optimizer)
+    still = replace(before, moments=tuple(np.zeros_like(moment) for moment in before.moments))
+    update, after = replay.seal(before, blank(before, random_terms=guided(before).random_terms, kind=StepKind.RESTART), optimizer)
+    assert replay.seal(still, replace(update, kind=StepKind.STEP), optimizer)[1].state_hash == after.state_hash
+    assert replay.seal(before, replace(update, kind=StepKind.STEP), optimizer)[1].state_hash != after.state_hash
 
 
 def test_a_direction_is_the_sum_of_its_three_parts():

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.config import ArmConfig
-from cooperllm.messages import Feedback, LocalTraining, Packed, Plan, Probes, RandomSlopes, RandomTerm
+from cooperllm.messages import Feedback, LocalTraining, Packed, Plan, Probes, RandomSlopes, RandomTerm, StepKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +33,7 @@ class Measured:
         estimate: Mean of the devices' estimates in full, shape [n], or None.
         agreement: Mean of <g_i, ê_ib> over devices, shape [b].
         energy: Mean of |ê_ib|² over devices, shape [b].
+        held: Terms of the rounds since the last step that were held back, oldest round first.
     """
 
     num_devices: int
@@ -42,6 +43,7 @@ class Measured:
     estimate: Float32[np.ndarray, "n"] | None
     agreement: Float32[np.ndarray, "b"]
     energy: Float32[np.ndarray, "b"]
+    held: tuple[tuple[RandomTerm, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +69,16 @@ class Coordinates:
         columns: One coefficient per column, shape [k]; none where the span is not used.
         random_terms: Coefficients along random directions.
         dense: A direction in full, packed, or None.
-        observed: Figures worth recording: rho, weight (λ of the cloud's gradient), shrinkage, span_energy, slope_variance, gain.
+        observed: Figures worth recording: rho, weight (λ of the cloud's gradient), shrinkage, span_energy, slope_variance, gain,
+            relative_variance.
+        kind: Whether the round moves θ.
     """
 
     columns: Float32[np.ndarray, "k"]
     random_terms: tuple[RandomTerm, ...] = ()
     dense: Packed | None = None
     observed: Mapping[str, float] = field(default_factory=dict[str, float])
+    kind: StepKind = StepKind.STEP
 
 
 class Arm(ABC):
@@ -81,15 +86,25 @@ class Arm(ABC):
 
     Attributes:
         has_gradient: Whether the cloud back-propagates; its gradient (or a pool of them) gives columns.
-        has_momentum: Whether the server's momentum is the first column, where the queries allow it.
+        has_momentum: Whether the server's momentum is the first column, where the queries allow it; the only one without a gradient.
         has_basis: Whether random probes are mixed from gradients of public examples.
         has_maps: Whether the cloud fits feedback maps.
+        has_pool: Whether random directions are members of a pool that is fixed for the run.
     """
 
     has_gradient = False
     has_momentum = False
     has_basis = False
     has_maps = False
+    has_pool = False
+
+    def at(self, config: ArmConfig, round_index: int) -> "Arm":
+        """Gives the method of one round: always this one, but for arms with phases."""
+        return self
+
+    def learning_rate(self, config: ArmConfig, round_index: int) -> float:
+        """Gives the step size η of one round."""
+        return config.learning_rate
 
     def free_queries(self, config: ArmConfig) -> int:
         """Says how many two-point queries of a device are left for columns and random directions."""

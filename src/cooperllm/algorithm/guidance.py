@@ -20,7 +20,11 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from cooperllm.algorithm import noise
-from cooperllm.messages import Probes, probe_indices
+from cooperllm.algorithm.noise import probe_index, probe_indices
+from cooperllm.messages import Chosen, Probes
+
+POOL_DRAWS = 1 << 59
+"""Noise indices from here on draw members of a pool, one index for each group."""
 
 DEPENDENT = 1e-4
 """A column of which less than this share of its length is new adds no direction, only rounding errors."""
@@ -79,13 +83,72 @@ def random_directions(
         >>> [float(direction @ direction) for direction in random_directions(7, 0, probes, [np.ones(4, np.float32)], 4)]
         [1.0, 1.0]
     """
-    indices = probe_indices(group, probes.num_random)
     if probes.blend is None:
-        return (noise.gaussian(seed, index, size) for index in indices)
+        keys = probe_keys(seed, group, probes.num_random, choose(seed, group, probes, guided, size))
+        return (noise.gaussian(family, index, size) for family, index in keys)
     if probes.blend == 0:
         return iter(mixtures(seed, group, probes.num_random, guided))
     span = np.stack(list(guided)) if len(guided) else np.zeros((0, size), np.float32)
-    return guided_perturbations(span, seed, indices, group, probes.blend, probes.blend_scale)
+    return guided_perturbations(span, seed, probe_indices(group, probes.num_random), group, probes.blend, probes.blend_scale)
+
+
+def choose(seed: int, group: int, probes: Probes, columns: Sequence[np.ndarray], size: int) -> Chosen | None:
+    """Says which isotropic directions a group probes: members of a pool, or for each query the best of its candidates.
+
+    The best candidate z has the largest |<z, u>| of all, u the first column: the largest cosine, but for the length of z, which differs
+    by 1/√(2n) between candidates and would spoil `fwdllm`, eq. (2). Candidates are made and dropped one at a time.
+
+    Args:
+        seed: The round's seed.
+        group: Whose directions.
+        probes: The pool, or how many candidates.
+        columns: Columns of the span, each of shape [n]; without any there is nothing to choose by.
+        size: n.
+
+    Returns:
+        The choice, or None for the group's first directions.
+
+    Example:
+        >>> from cooperllm.messages import Grouping
+        >>> probes = Probes(
+        ...     measures_columns=False, num_random=2, grouping=Grouping.DEVICE, column_scale=1.0, random_scale=1.0, num_candidates=3)
+        >>> choose(7, 0, probes, [np.ones(4, np.float32)], 4).positions
+        (2, 5)
+    """
+    if probes.pool_seed is not None:
+        drawn = noise.bits(seed, POOL_DRAWS | group, probes.num_random, stream=noise.Stream.CHOICE) % np.uint64(probes.pool_size)
+        return Chosen(seed=probes.pool_seed, group=0, positions=tuple(drawn.tolist()))
+    if probes.num_candidates == 1 or not len(columns):
+        return None
+    along = columns[0]
+
+    def overlap(position: int) -> float:
+        return abs(dot(along, noise.gaussian(seed, probe_index(group, position), size)))
+
+    starts = range(0, probes.num_random * probes.num_candidates, probes.num_candidates)
+    best = tuple(max(range(start, start + probes.num_candidates), key=overlap) for start in starts)
+    return Chosen(seed=seed, group=group, positions=best)
+
+
+def probe_keys(seed: int, group: int, count: int, chosen: Chosen | None = None) -> Iterator[tuple[int, int]]:
+    """Yields the noise keys (seed, index) of random directions.
+
+    Args:
+        seed: The round's seed.
+        group: Whose directions.
+        count: How many, >= 0.
+        chosen: Which ones; None means the group's first ones.
+
+    Yields:
+        Keys in order.
+
+    Example:
+        >>> list(probe_keys(7, 0, 2)), list(probe_keys(7, 0, 1, Chosen(seed=9, group=0, positions=(5,))))
+        ([(7, 0), (7, 1)], [(9, 5)])
+    """
+    if chosen is None:
+        return ((seed, index) for index in probe_indices(group, count))
+    return ((chosen.seed, probe_index(chosen.group, position)) for position in chosen.positions)
 
 
 def mixtures(seed: int, group: int, count: int, basis: Sequence[np.ndarray]) -> list[Float32[np.ndarray, "_n"]]:

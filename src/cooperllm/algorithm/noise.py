@@ -181,3 +181,37 @@ def _quantiles() -> Float32[np.ndarray, "65536"]:
     digest = hashlib.sha256(table.tobytes()).hexdigest()
     assert digest == TABLE_SHA256, f"this machine's normal table has digest {digest}, the protocol's is {TABLE_SHA256}"
     return table
+
+
+def probe_index(group: int, position: int) -> int:
+    """Numbers the random directions of a round without collisions.
+
+    Args:
+        group: Whose direction, in [0, 2³²).
+        position: Position within the group, in [0, 2³²).
+
+    Returns:
+        Index for `gaussian`, in [0, 2⁶⁴).
+
+    Example:
+        >>> probe_index(1, 2)
+        4294967298
+    """
+    return (group << 32) | position
+
+
+def probe_indices(group: int, count: int) -> Iterator[int]:
+    """Yields the indices of a group's first `count` directions.
+
+    Args:
+        group: Whose directions.
+        count: How many, >= 0.
+
+    Yields:
+        Indices in order.
+
+    Example:
+        >>> list(probe_indices(0, 3))
+        [0, 1, 2]
+    """
+    return (probe_index(group, position) for position in range(count))

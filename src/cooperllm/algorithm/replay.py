@@ -23,11 +23,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm import compression, noise
-from cooperllm.algorithm.guidance import digest, orthonormalise
+from cooperllm.algorithm.guidance import digest, orthonormalise, probe_keys
 from cooperllm.algorithm.zeroth_order import weighted_sum
 from cooperllm.config import OptimizerConfig, OptimizerKind
 from cooperllm.errors import DecodeError, ReplayMismatchError
-from cooperllm.messages import Guide, Snapshot, Update, probe_indices
+from cooperllm.messages import Guide, Snapshot, StepKind, Update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,9 +172,9 @@ def direction(replica: Replica, update: Update, columns: Float32[np.ndarray, "k 
     if len(columns):
         total += weighted_sum(update.column_coefficients, columns)
     for term in update.random_terms:
-        indices = probe_indices(term.group, len(term.coefficients))
+        keys = probe_keys(update.seed, term.group, len(term.coefficients), term.chosen)
         if len(term.coefficients):
-            total += weighted_sum(term.coefficients, (noise.gaussian(update.seed, index, size) for index in indices))
+            total += weighted_sum(term.coefficients, (noise.gaussian(seed, index, size) for seed, index in keys))
     if update.dense is not None:
         total += compression.unpack_vector(update.dense, size)
     return total
@@ -266,7 +266,11 @@ def _applied(replica: Replica, update: Update, optimizer: OptimizerConfig) -> Re
         raise ReplayMismatchError(
             f"round {update.round_index}: the update applies to version {update.model_version}, this replica is at {replica.model_version}"
         )
+    if update.kind is StepKind.HOLD:
+        return replace(replica, model_version=replica.model_version + 1)
     along = direction(replica, update, span(replica, update.guide))
+    if update.kind is StepKind.RESTART:
+        replica = replace(replica, moments=tuple(np.zeros_like(moment) for moment in replica.moments))
     return step(replica, along, update.learning_rate, optimizer)
 
 

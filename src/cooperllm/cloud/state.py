@@ -1,7 +1,8 @@
 """Room 3, the cloud: plans a round, and turns what came back into a sealed update.
 
 The pool of public gradients and the feedback maps are derived state: they are kept in checkpoints, so that a resumed run makes the same
-guides. Maps of a round that is replayed from the log are fitted again only if they are still in use at its end.
+guides. Rounds that were held back are found in the log. Maps of a round that is replayed from the log are fitted again only if they are
+still in use at its end.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ from jaxtyping import Float32
 
 from cooperllm.algorithm import compression, feedback, noise, replay
 from cooperllm.algorithm.aggregation import merged, variance_between, weighted_mean
-from cooperllm.algorithm.arms import Measured, Public
+from cooperllm.algorithm.arms import Arm, Measured, Public
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.guidance import digest_of, inside
 from cooperllm.algorithm.replay import Replica
@@ -22,10 +23,13 @@ from cooperllm.cloud.guide import GuideMaker
 from cooperllm.cloud.maps import MapFitter
 from cooperllm.config import RunConfig
 from cooperllm.errors import DivergenceError, QuorumError
-from cooperllm.messages import EdgeReport, Feedback, Guide, Maps, Outcome, Plan, Update
+from cooperllm.messages import EdgeReport, Feedback, Guide, Maps, Outcome, Plan, Probes, StepKind, Update
 
 COHORT = 1 << 60
 """Noise index that chooses the devices of a round."""
+
+POOL = 3 << 32
+"""Child of the run's seed that names a pool of directions; rounds are its first 2³² children, `assembly` has two more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +83,7 @@ class Cloud:
         self._maps: Maps | None = None
         self._unfitted: tuple[int, np.ndarray] | None = None
         self._sent_maps = -1
+        self._held: tuple[Update, ...] = ()
         self._arm_config = replace(config.arm, feedback_blocks=max(1, len(map_fitter.blocks)))
 
     def plan(self) -> Prepared:
@@ -92,12 +97,13 @@ class Cloud:
         """
         config, round_index = self.config, self.replica.model_version
         seed = noise.derive(config.seed, round_index)
-        guide, gradient, public_loss = self._make_guide(seed)
+        method = self._arm.at(self._arm_config, round_index)
+        guide, gradient, public_loss = self._make_guide(method, seed)
         span, basis = replay.span(self.replica, guide), list(replay.probe_basis(guide, len(self.replica.theta)))
         predicted = inside(span, gradient)
-        probes = self._arm.probes(self._arm_config, len(span), len(basis))
+        probes = self._pooled(method.probes(self._arm_config, len(span), len(basis)))
         asked, new_maps = self._feedback()
-        local_training = self._arm.local_training(self._arm_config)
+        local_training = method.local_training(self._arm_config)
         asks_devices = not (probes is None and local_training is None and asked is None)
         order = noise.permutation(seed, COHORT, config.federation.num_devices)
         cohort = sorted(order[: config.federation.devices_per_round].tolist()) if asks_devices else []
@@ -132,9 +138,12 @@ class Cloud:
             self._guide_maker.gradient(self.replica.theta, update.seed)
         self._note_refresh()
         self.replica = replay.apply(self.replica, update, self.config.optimizer)
+        self._note_held(update)
 
-    def restore(self, replica: Replica, pool: Sequence[Float32[np.ndarray, "n"]], maps: Maps | None) -> None:
-        """Continues from a checkpoint."""
+    def restore(self, replica: Replica, pool: Sequence[Float32[np.ndarray, "n"]], maps: Maps | None, updates: Sequence[Update]) -> None:
+        """Continues from a checkpoint; of the updates that it contains those count which no step has used yet."""
+        for update in updates:
+            self._note_held(update)
         self.replica = replica
         self._guide_maker.restore(pool)
         self._maps = maps
@@ -162,19 +171,22 @@ class Cloud:
             required = self.config.federation.min_reports
             raise QuorumError(round_index=plan.round_index, received=num_reports, required=required, dropped=sentence)
         measured = _measured(sorted(reports, key=lambda report: report.edge_id), len(prepared.public.span), len(self.replica.theta))
+        measured = replace(measured, held=tuple(update.random_terms for update in self._held))
         found = self._arm.combine(self._arm_config, plan, prepared.public, measured)
         update = Update(
             round_index=plan.round_index,
             model_version=plan.model_version,
             seed=plan.seed,
-            learning_rate=self.config.arm.learning_rate,
+            learning_rate=self._arm.learning_rate(self.config.arm, plan.round_index),
             guide=plan.guide if len(found.columns) else None,
             column_coefficients=found.columns,
             random_terms=found.random_terms,
             dense=found.dense,
             theta_hash=bytes(16),
+            kind=found.kind,
         )
         sealed, self.replica = replay.seal(self.replica, update, self.config.optimizer)
+        self._note_held(sealed)
         observed = dict(found.observed)
         return Closed(update=sealed, replica=self.replica, observed=observed, num_reports=num_reports, dropped=dict(dropped))
 
@@ -206,21 +218,33 @@ class Cloud:
         if self._arm.has_maps and self._map_fitter.has_texts and feedback.is_refresh(version, self.config.arm.map_refresh):
             self._unfitted = (version, self.replica.theta)
 
-    def _make_guide(self, seed: int) -> tuple[Guide | None, Float32[np.ndarray, "n"], float | None]:
-        config, theta, free = self._arm_config, self.replica.theta, self._arm.free_queries(self._arm_config)
+    def _note_held(self, update: Update) -> None:
+        """Keeps rounds without a step until there is one."""
+        self._held = (*self._held, update) if update.kind is StepKind.HOLD else ()
+
+    def _pooled(self, probes: Probes | None) -> Probes | None:
+        """Says which pool an arm with one draws from: the same in every round."""
+        if probes is None or not self._arm.has_pool:
+            return probes
+        return replace(probes, pool_seed=noise.derive(self.config.seed, POOL), pool_size=self.config.arm.seed_pool_size)
+
+    def _make_guide(self, method: Arm, seed: int) -> tuple[Guide | None, Float32[np.ndarray, "n"], float | None]:
+        config, theta, free = self._arm_config, self.replica.theta, method.free_queries(self._arm_config)
         # Gradients of data without a class push its score down, and hold nothing of what tells it from others: seen to be worse than none.
-        is_partial = self._arm.has_basis and not self._guide_maker.has_every_class
-        if not self._arm.has_gradient or not free or is_partial:
-            return None, np.zeros_like(theta), None
+        is_partial = method.has_basis and not self._guide_maker.has_every_class
+        if not method.has_gradient or not free or is_partial:
+            only = Guide(payload=compression.pack(theta[None][:0], config.guide_bits), num_columns=0, has_momentum=True)
+            return only if method.has_momentum and not method.has_gradient else None, np.zeros_like(theta), None
         gradient, loss = self._guide_maker.gradient(theta, seed)
         if not np.isfinite(gradient).all():
+            round_index = self.replica.model_version
             raise DivergenceError(
-                f"round {self.replica.model_version}: the public gradient is not finite, the run has diverged; repeat it with a "
-                f"learning rate below {config.learning_rate:g}"
+                f"round {round_index}: the public gradient is not finite, the run has diverged; repeat it with a learning rate below "
+                f"{self._arm.learning_rate(config, round_index):g}"
             )
         columns = np.stack(self._guide_maker.pool())
-        has_momentum = self._arm.has_momentum and free > len(columns)
-        mixes = self._arm.has_basis and free > len(columns) + has_momentum and config.basis_size > 0
+        has_momentum = method.has_momentum and free > len(columns)
+        mixes = method.has_basis and free > len(columns) + has_momentum and config.basis_size > 0
         basis = self._guide_maker.basis(theta, seed, config.basis_size) if mixes else columns[:0]
         payload = compression.pack(np.concatenate([columns, basis]), config.guide_bits)
         return Guide(payload=payload, num_columns=len(columns), has_momentum=has_momentum), gradient, loss

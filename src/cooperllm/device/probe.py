@@ -58,7 +58,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         bits = plan.feedback.bits
     if plan.local_training is not None and trainer is not None:
         estimate, num_examples = _train(order, plan.local_training, replica, runtime, trainer)
-        forward_passes += 3 * plan.local_training.num_steps
+        forward_passes += (3 + plan.local_training.checkpoints_activations) * plan.local_training.num_steps
     numbers = (column_slopes, random_slopes, agreement, energy, nothing if estimate is None else estimate)
     is_finite = all(np.isfinite(values).all() for values in numbers)
     return DeviceReport(
@@ -192,5 +192,5 @@ def _probe(
 
 def _train(order: Order, task: LocalTraining, replica: Replica, runtime: Runtime, trainer: Trainer) -> tuple[Float32[np.ndarray, "n"], int]:
     batches = [choose_batch(order.plan, order.device_id, runtime.num_examples, step) for step in range(task.num_steps)]
-    after = trainer.train(replica.theta, batches, task.learning_rate)
+    after = trainer.train(replica.theta, batches, task.learning_rate, checkpoints_activations=task.checkpoints_activations)
     return (replica.theta - after) / np.float32(task.learning_rate * task.num_steps), sum(map(len, batches))

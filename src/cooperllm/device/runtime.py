@@ -51,13 +51,21 @@ class Runtime(Protocol):
 class Trainer(Protocol):
     """Back-propagation on a device: only the bound needs it."""
 
-    def train(self, theta: Float32[np.ndarray, "n"], batches: Sequence[Sequence[int]], learning_rate: float) -> Float32[np.ndarray, "n"]:
+    def train(
+        self,
+        theta: Float32[np.ndarray, "n"],
+        batches: Sequence[Sequence[int]],
+        learning_rate: float,
+        *,
+        checkpoints_activations: bool = False,
+    ) -> Float32[np.ndarray, "n"]:
         """Takes one plain gradient step per batch.
 
         Args:
             theta: Start θ, not modified.
             batches: Positions of private examples, one sequence per step.
             learning_rate: Step size, > 0.
+            checkpoints_activations: Whether layers run once more instead of keeping their activations.
 
         Returns:
             θ after the last step.

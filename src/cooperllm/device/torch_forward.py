@@ -4,6 +4,7 @@ No graph is built, no gradient is kept, and θ enters as views of a perturbed co
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +32,10 @@ class ForwardModel(Protocol):
 
     def scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
         """Returns class scores [B, C]."""
+        ...
+
+    def checkpointed(self) -> AbstractContextManager[None]:
+        """Within it, layers keep their inputs alone for a backward pass."""
         ...
 
     def activation_mib(self, batch: Any) -> float:
@@ -97,13 +102,22 @@ class TorchForward:
             result[slice(*adapted.head.bias)] = error.sum(0)
         return result
 
-    def train(self, theta: Float32[np.ndarray, "n"], batches: Sequence[Sequence[int]], learning_rate: float) -> Float32[np.ndarray, "n"]:
+    def train(
+        self,
+        theta: Float32[np.ndarray, "n"],
+        batches: Sequence[Sequence[int]],
+        learning_rate: float,
+        *,
+        checkpoints_activations: bool = False,
+    ) -> Float32[np.ndarray, "n"]:
         """Takes plain gradient steps by back-propagation: the bound, not something a small device does."""
         point = torch.from_numpy(theta.copy())
         for chosen in batches:
             point.requires_grad_()
             batch = self._model.batch(self._examples, [self.shard[position] for position in chosen])
-            (gradient,) = torch.autograd.grad(self._loss(point, batch), point)
+            with self._model.checkpointed() if checkpoints_activations else nullcontext():
+                loss = self._loss(point, batch)
+            (gradient,) = torch.autograd.grad(loss, point)
             point = point.detach() - learning_rate * gradient
         return point.numpy()
 

@@ -32,7 +32,7 @@ def encode(message: object) -> bytes:
     Example:
         >>> from cooperllm.messages import RandomTerm
         >>> len(encode(RandomTerm(group=1, coefficients=np.zeros(2, np.float32))))
-        38
+        46
     """
     return msgspec.msgpack.encode(message, enc_hook=_from_array)
 

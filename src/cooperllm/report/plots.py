@@ -39,8 +39,12 @@ STYLES = {
     "paper": Style("#0072B2", 1.8, (6, 1.5, 1, 1.5)),
     "mezo-fl": Style("#009E73", 1.8, (3.5, 1.2)),
     "decomfl": Style("#CC79A7", 1.8, (4, 1.2, 1, 1.2, 1, 1.2)),
+    "fedkseed": Style("#009E73", 1.8, (1, 1.2)),
+    "fwdllm": Style("#CC79A7", 1.8, (8, 1.5, 2, 1.5)),
+    "warm-start": Style("#56B4E9", 1.8, (5, 1.5)),
     REFERENCE: Style("#222222", 1.8, (1, 1.5)),
     "fedavg-bp": Style("#888888", 1.8, (7, 2.5)),
+    "fedavg-bp-checkpointed": Style("#888888", 1.8, (2, 2)),
 }
 FALLBACK = Style("#56B4E9", 1.8)
 

@@ -1,0 +1,121 @@
+"""A method and its own dials."""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from cooperllm.config.check import check
+
+SUPPORTED_BITS = (4, 8, 32)
+"""Bits per entry that vectors can be packed with; 32 is exact."""
+
+
+class ArmName(Enum):
+    """The methods that share this frame."""
+
+    FEEDBACK = "feedback"
+    MEASURED = "measured"
+    PAPER = "paper"
+    MEZO_FL = "mezo-fl"
+    DECOMFL = "decomfl"
+    FEDKSEED = "fedkseed"
+    FWDLLM = "fwdllm"
+    WARM_START = "warm-start"
+    CLOUD_ONLY = "cloud-only"
+    FEDAVG_BP = "fedavg-bp"
+    FEDAVG_BP_CHECKPOINTED = "fedavg-bp-checkpointed"
+
+
+class Rectification(Enum):
+    """How the paper's arm mixes the cloud's gradient into the estimate."""
+
+    NONE = "none"
+    OPTIMAL = "optimal"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmConfig:
+    """One method and its own dials.
+
+    Attributes:
+        name: The method.
+        learning_rate: Step size η, > 0.
+        queries: Two-point queries per device and round, >= 1, for every zeroth-order arm.
+        column_scale: Half-step μ along a unit direction, > 0.
+        random_scale: Half-step μ along a standard normal direction, > 0.
+        guide_bits: Bits per entry of packed columns and maps: 4, 8 or 32.
+        public_batch_size: Public examples per round, >= 1.
+        basis_size: Measured arm: public examples whose gradients random probes are mixed from, 0 to 1000; 0 leaves them isotropic.
+        effective_rank: Measured arm: rank r that shrinks P isotropic probes by P/(P+r), >= 0.
+        public_weight: Measured arm: weight λ of the cloud's own gradient along the columns, in [0, 1]; 0 where public data lack a class.
+        feedback_blocks: Feedback arm: blocks of layers whose estimate is measured, one query each, >= 1; fewer where the model has fewer.
+        estimate_bits: Feedback arm: bits per entry of an estimate on the link: 4, 8 or 32.
+        map_examples: Feedback arm: public texts that maps are fitted on, >= 8.
+        map_components: Feedback arm: principal components of a layer's input that maps may depend on, >= 1.
+        map_refresh: Feedback arm: rounds between two fits in the long run, >= 1.
+        blend: Paper's arm: share α of the isotropic part, in (0, 1].
+        blend_scale: Paper's arm: length β, > 0.
+        pool_size: Paper's arm: public gradients kept, newest first, >= 1.
+        rectification: Paper's arm: whether the cloud's gradient is mixed in with the weight λ* of the theory.
+        seed_pool_size: FedKSeed: random directions K that a run has in all, 1 to 2³².
+        candidates: FwdLLM: directions made for each query, of which one is used, >= 1; 1 selects nothing.
+        variance_threshold: FwdLLM: relative variance of the mean slope along the last step below which a step is made, > 0.
+        most_held_rounds: FwdLLM: rounds that a step waits at most, >= 0; 0 steps every round.
+        warm_start_rounds: Warm start: rounds of back-propagation at the cloud before the first device is asked, >= 1.
+        warm_start_learning_rate: Warm start: step size of those rounds, > 0.
+        local_steps: Feedback arm and FedAvg: steps that a device takes by itself in a round, each on a batch of its own, >= 1.
+        local_learning_rate: Feedback arm and FedAvg: size of those steps, > 0.
+    """
+
+    name: ArmName = ArmName.MEASURED
+    learning_rate: float = 0.03
+    queries: int = 5
+    column_scale: float = 0.03
+    random_scale: float = 1e-3
+    guide_bits: int = 4
+    public_batch_size: int = 64
+    basis_size: int = 64
+    effective_rank: float = 500.0
+    public_weight: float = 0.5
+    feedback_blocks: int = 2
+    estimate_bits: int = 8
+    map_examples: int = 256
+    map_components: int = 48
+    map_refresh: int = 8
+    blend: float = 0.5
+    blend_scale: float = 1.0
+    pool_size: int = 1
+    rectification: Rectification = Rectification.NONE
+    seed_pool_size: int = 4096
+    candidates: int = 10
+    variance_threshold: float = 0.5
+    most_held_rounds: int = 3
+    warm_start_rounds: int = 20
+    warm_start_learning_rate: float = 0.03
+    local_steps: int = 3
+    local_learning_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        rates = ("learning_rate", "warm_start_learning_rate", "local_learning_rate", "variance_threshold")
+        for name in (*rates, "column_scale", "random_scale", "blend_scale"):
+            value = getattr(self, name)
+            check(0 < value < math.inf, f"arm.{name}", value, "> 0")
+        counts = ("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh")
+        for name in (*counts, "seed_pool_size", "candidates", "warm_start_rounds"):
+            check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
+        for name in ("guide_bits", "estimate_bits"):
+            check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), "4, 8 or 32")
+        check(self.map_examples >= 8, "arm.map_examples", self.map_examples, ">= 8")
+        needs = self.local_steps + self.feedback_blocks
+        check(
+            self.name is not ArmName.FEEDBACK or self.queries >= needs,
+            "arm.queries",
+            self.queries,
+            f">= {needs}: one for the estimate of each local step and one per block",
+        )
+        check(self.seed_pool_size <= 1 << 32, "arm.seed_pool_size", self.seed_pool_size, "<= 2**32")
+        check(self.most_held_rounds >= 0, "arm.most_held_rounds", self.most_held_rounds, ">= 0")
+        check(self.effective_rank >= 0, "arm.effective_rank", self.effective_rank, ">= 0")
+        check(0 <= self.basis_size <= 1000, "arm.basis_size", self.basis_size, "0 to 1000")
+        check(0 <= self.public_weight <= 1, "arm.public_weight", self.public_weight, "in [0, 1]")
+        check(0 < self.blend <= 1, "arm.blend", self.blend, "in (0, 1]")

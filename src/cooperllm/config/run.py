@@ -1,0 +1,145 @@
+"""A whole run, and its plain form for files."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from cooperllm.config.arm import ArmConfig
+from cooperllm.config.check import check
+from cooperllm.config.task import DataConfig, FederationConfig, ModelConfig
+from cooperllm.errors import ConfigError
+
+
+class OptimizerKind(Enum):
+    """The server's optimiser."""
+
+    MOMENTUM = "momentum"
+    ADAM = "adam"
+
+
+class EngineName(Enum):
+    """What carries messages between the tiers."""
+
+    LOOPBACK = "loopback"
+    GRID = "grid"
+    SIMULATION = "simulation"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """The server's optimiser, which every replica replays.
+
+    Attributes:
+        kind: Momentum or Adam.
+        momentum: Decay γ of the first moment, in [0, 1).
+        square_decay: Decay ν of Adam's second moment, in [0, 1).
+        epsilon: Adam's ε, > 0.
+    """
+
+    kind: OptimizerKind = OptimizerKind.MOMENTUM
+    momentum: float = 0.9
+    square_decay: float = 0.99
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
+        check(0 <= self.square_decay < 1, "optimizer.square_decay", self.square_decay, "in [0, 1)")
+        check(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides a run's numbers.
+
+    Attributes:
+        recipe: Name of the recipe it came from.
+        model: Model and adapter.
+        data: Public and private text.
+        federation: Devices, edges and batches.
+        optimizer: Server optimiser.
+        arm: Method.
+        num_rounds: Rounds, >= 1.
+        seed: Names every random choice of the run, in [0, 2⁶³).
+        evaluate_every: Rounds between evaluations, >= 1.
+        validates: Whether the accuracy on the validation part is measured too, for choosing settings.
+        checkpoint_every: Rounds between checkpoints, >= 1; the log between them is replayed on resume.
+        engine: What carries messages.
+        memory_mib: Memory that the points of one batched pass may take on a device, > 0; None evaluates one point at a time.
+    """
+
+    recipe: str = "demo"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    arm: ArmConfig = field(default_factory=ArmConfig)
+    num_rounds: int = 60
+    seed: int = 0
+    evaluate_every: int = 5
+    validates: bool = False
+    checkpoint_every: int = 20
+    engine: EngineName = EngineName.GRID
+    memory_mib: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self.num_rounds >= 1, "num_rounds", self.num_rounds, ">= 1")
+        check(0 <= self.seed < 1 << 63, "seed", self.seed, "in [0, 2**63)")
+        check(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, ">= 1")
+        check(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
+        check(self.memory_mib is None or self.memory_mib > 0, "memory_mib", self.memory_mib, "> 0, or none")
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """Turns a configuration into plain values for JSON.
+
+    Args:
+        config: Any configuration.
+
+    Returns:
+        Nested dictionaries of strings, numbers and lists.
+
+    Example:
+        >>> to_plain(RunConfig())["arm"]["name"]
+        'measured'
+    """
+    return msgspec.to_builtins(config)
+
+
+def from_plain(values: object, *, where: str) -> RunConfig:
+    """Reads a configuration back.
+
+    Args:
+        values: Output of `to_plain`, possibly edited by hand.
+        where: File or place, for the error's sentence.
+
+    Returns:
+        The same configuration.
+
+    Raises:
+        ConfigError: If a value is missing its type or domain.
+
+    Example:
+        >>> from_plain(to_plain(RunConfig()), where="here") == RunConfig()
+        True
+    """
+    try:
+        config = msgspec.convert(values, RunConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    unknown = _unknown_keys(values, to_plain(config))
+    if unknown:
+        raise ConfigError(f"{where}: {', '.join(unknown)} found, which is no setting; compare the spelling with `cooperllm.config`")
+    return config
+
+
+def _unknown_keys(found: Any, known: Any, path: str = "") -> list[str]:
+    if not isinstance(found, dict) or not isinstance(known, dict):
+        return []
+    pairs: dict[str, Any] = found
+    return [
+        name
+        for key, value in pairs.items()
+        for name in ([f"{path}{key}"] if key not in known else _unknown_keys(value, known[key], f"{path}{key}."))
+    ]
