@@ -81,10 +81,11 @@ def compare(
     )
     path = Path(directory)
     refuse_taken(path)
-    Material(study.configs[0]).check([config.arm.name for config in configs])
+    material = Material(study.configs[0])
+    material.check([config.arm.name for config in configs])
     path.mkdir(parents=True, exist_ok=True)
     RunDirectory(path).write_json("comparison.json", msgspec.to_builtins(study))
-    return _continued(path, study, observe, tell)
+    return _continued(path, study, observe, tell, material if processes == 1 else None)
 
 
 def resume(directory: Path | str, observe: Observer | None = None, tell: Teller | None = None) -> Run:
@@ -102,7 +103,7 @@ def resume(directory: Path | str, observe: Observer | None = None, tell: Teller 
         RunDirectoryError: If the directory is missing or damaged; nothing in it is overwritten.
     """
     study = study_of(Path(directory))
-    return session.resume(directory, observe) if study is None else _continued(Path(directory), study, observe, tell)
+    return session.resume(directory, observe) if study is None else _continued(Path(directory), study, observe, tell, None)
 
 
 def export(directory: Path | str, target: Path | str, arm: str | None = None) -> Path:
@@ -155,11 +156,11 @@ def study_of(path: Path) -> Study | None:
         raise RunDirectoryError(f"{file} is damaged ({error!r}); restore it from a backup or start anew; nothing was changed") from error
 
 
-def _continued(path: Path, study: Study, observe: Observer | None, tell: Teller | None) -> Comparison:
+def _continued(path: Path, study: Study, observe: Observer | None, tell: Teller | None, material: Material | None) -> Comparison:
     with RunDirectory(path).locked():
         desk = Desk(path, study, observe, tell)
         if study.processes == 1:
-            workers.in_this_process(desk)
+            workers.in_this_process(desk, material)
         else:
             workers.in_processes(desk, study.processes, study.memory_limit_mib, path / "workers.log")
         return _concluded(path, study, desk)

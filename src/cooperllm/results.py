@@ -21,6 +21,8 @@ from cooperllm.session import modelled_seconds, rounds_to
 from cooperllm.study import LAST, Job, Tuning, mean_of_last
 from cooperllm.wall_clock import DeviceClock
 
+METHOD = (*LEADS, "paper")
+"""Arms that are the method itself: none of them is its own baseline."""
 SCHEMA = pa.schema([
     ("arm", pa.string()),
     ("learning_rate", pa.float64()),
@@ -116,18 +118,19 @@ def arms_figures(entries: Mapping[str, Sequence[Mapping[str, Any]]], tunings: Ma
 
 
 def baseline_of(entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    """Finds the baseline that others are measured by: the zeroth-order arm of others that ends highest.
+    """Finds the baseline that others are measured by: of the zeroth-order arms of others the one that ends highest.
 
     Args:
         entries: See `arms_figures`.
 
     Returns:
-        An arm that asks devices for slopes, is not ours and does not back-propagate there, with all its runs finished; None without one.
+        An arm that asks devices for slopes, is not the method itself and does not back-propagate there, with all its runs finished; None
+        without one.
     """
     able = [
         name
         for name, runs in entries.items()
-        if name not in LEADS and all(run["finished"] and run["queries_per_device_round"] for run in runs)
+        if name not in METHOD and all(run["finished"] and run["queries_per_device_round"] for run in runs)
         and not runs[0]["uses_back_propagation_on_devices"]
     ]  # fmt: skip
     return max(able, key=lambda name: _median_end(entries[name]), default=None)

@@ -74,13 +74,14 @@ def run(config: RunConfig, directory: Path | str, observe: Observer | None = Non
     return _continued(RunDirectory.create(Path(directory), config), material, observe)
 
 
-def resume(directory: Path | str, observe: Observer | None = None, material: Material | None = None) -> Run:
+def resume(directory: Path | str, observe: Observer | None = None, material: Material | None = None, *, draws: bool = True) -> Run:
     """Continues a run where it stopped; a finished one only gets its report anew.
 
     Args:
         directory: A run directory.
         observe: Called after every round.
         material: Model and texts of another run, used again where they are the same.
+        draws: Whether plots and page are made; a comparison makes its own.
 
     Returns:
         The finished run: θ has the bits of an uninterrupted one.
@@ -88,7 +89,7 @@ def resume(directory: Path | str, observe: Observer | None = None, material: Mat
     Raises:
         RunDirectoryError: If the directory is missing or damaged; nothing in it is overwritten.
     """
-    return _continued(RunDirectory(Path(directory)), material, observe)
+    return _continued(RunDirectory(Path(directory)), material, observe, draws=draws)
 
 
 def export(directory: Path | str, target: Path | str) -> Path:
@@ -110,14 +111,14 @@ def export(directory: Path | str, target: Path | str) -> Path:
     return Path(target)
 
 
-def _continued(files: RunDirectory, material: Material | None, observe: Observer | None) -> Run:
+def _continued(files: RunDirectory, material: Material | None, observe: Observer | None, *, draws: bool = True) -> Run:
     assembly = assemble(files, material)
     config = assembly.config
     with files.locked():
         updates = files.repair()
         if len(updates) < config.num_rounds:
             _carried_by(config, assembly, partial(_train, files, assembly, updates, observe))
-        return _finished(files, assembly)
+        return _finished(files, assembly, draws=draws)
 
 
 def _carried_by(config: RunConfig, assembly: Assembly, drive: Callable[[Link], None]) -> None:
@@ -229,7 +230,7 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
     }
 
 
-def _finished(files: RunDirectory, assembly: Assembly) -> Run:
+def _finished(files: RunDirectory, assembly: Assembly, *, draws: bool) -> Run:
     config = assembly.config
     updates, rounds = files.updates(), files.rounds()
     cloud = _restored(files, assembly, updates, [])
@@ -249,7 +250,7 @@ def _finished(files: RunDirectory, assembly: Assembly) -> Run:
         "config": to_plain(config),
         "arms": {name: arm_summary(config, rounds)},
     }
-    return reported(files.path, summary)
+    return reported(files.path, summary, draws=draws)
 
 
 def _save(assembly: Assembly, cloud: Cloud, target: Path) -> None:
@@ -340,17 +341,18 @@ def rounds_to(curve: Sequence[Sequence[float]], level: float) -> int | None:
     return next((int(number) for number, accuracy in curve if accuracy >= level), None)
 
 
-def reported(path: Path, summary: dict[str, Any]) -> Run:
+def reported(path: Path, summary: dict[str, Any], *, draws: bool = True) -> Run:
     """Writes plots and page, and last the summary, which says that everything is there.
 
     Args:
         path: Directory of a run or a comparison.
         summary: Contents of `summary.json`.
+        draws: Whether plots and page are made.
 
     Returns:
         The finished run or comparison.
     """
-    plots = report.write_plots(summary, path)
-    report.write_page(summary, path, plots)
+    if draws:
+        report.write_page(summary, path, report.write_plots(summary, path))
     RunDirectory(path).write_json("summary.json", summary)
     return Run(path=path, summary=summary)

@@ -4,6 +4,7 @@ A worker is a process with one thread. It reads paths of run directories, one JS
 of a round, or the end of a job. It ends with its standard input, so that none outlives the comparison.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -42,7 +43,7 @@ def carry_out(path: Path, material: Material | None, observe: Observer | None) -
         QuorumError: If too few devices answered for another reason than divergence; it can be tried again.
     """
     try:
-        session.resume(path, observe, material)
+        session.resume(path, observe, material, draws=False)
     except DivergenceError as error:
         RunDirectory(path).write_json(DIVERGED, {"error": str(error)})
     except QuorumError as error:
@@ -51,13 +52,13 @@ def carry_out(path: Path, material: Material | None, observe: Observer | None) -
         RunDirectory(path).write_json(DIVERGED, {"error": str(error)})
 
 
-def in_this_process(desk: Desk) -> None:
+def in_this_process(desk: Desk, material: Material | None) -> None:
     """Carries out jobs one after the other; those of one seed share model and texts.
 
     Args:
         desk: Where jobs come from and go to.
+        material: Model and texts that the first jobs may share, or None.
     """
-    material = None
     while desk.has_job():
         (job, path), failure = desk.take(), None
         try:
@@ -145,8 +146,34 @@ class _Worker:
     """A process and the job it is at; its peak is that of all its jobs."""
 
     process: "subprocess.Popen[str]"
+    events: "queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]"
     job: Job | None = None
     peak_mib: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._ear = threading.Thread(target=self._hear, daemon=True)
+        self._ear.start()
+
+    def give(self, job: Job, path: Path) -> None:
+        """Sends a job; should the process have died, the end of its answers says so."""
+        self.job = job
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(str(path.resolve())), file=self.process.stdin)
+
+    def end(self) -> int:
+        """Ends the process, in the middle of a job too, whose run directory can be resumed; returns its status."""
+        self.process.kill()
+        status = self.process.wait()
+        self._ear.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+        return status
+
+    def _hear(self) -> None:
+        for line in self.process.stdout or ():
+            self.events.put((self, json.loads(line)))
+        self.events.put((self, None))
 
 
 class _Crew:
@@ -164,7 +191,7 @@ class _Crew:
         while True:
             self._measure()
             while self._desk.has_job() and (worker := self._free()) is not None:
-                self._give(worker)
+                worker.give(*self._desk.take())
             if not any(worker.job for worker in self._workers):
                 return
             try:
@@ -173,11 +200,9 @@ class _Crew:
                 continue
 
     def dismiss(self) -> None:
-        """Ends every worker; one in the middle of a job leaves a run directory that can be resumed."""
+        """Ends every worker."""
         for worker in self._workers:
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.wait()
+            worker.end()
 
     def _free(self) -> _Worker | None:
         """An idle worker, or a new one where there is room."""
@@ -204,28 +229,14 @@ class _Crew:
         command, one_thread = [sys.executable, "-c", ENTRY], os.environ | {"OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, env=one_thread, text=True, bufsize=1)
-        worker = _Worker(process)
-        self._workers.append(worker)
-        threading.Thread(target=self._hear, args=(worker,), daemon=True).start()
-        return worker
-
-    def _hear(self, worker: _Worker) -> None:
-        for line in worker.process.stdout or ():
-            self._events.put((worker, json.loads(line)))
-        self._events.put((worker, None))
-
-    def _give(self, worker: _Worker) -> None:
-        worker.job, path = self._desk.take()
-        try:
-            print(json.dumps(str(path.resolve())), file=worker.process.stdin)
-        except BrokenPipeError:
-            return  # it has died; the end of its output says so
+        self._workers.append(_Worker(process, self._events))
+        return self._workers[-1]
 
     def _heard(self, worker: _Worker, answer: dict[str, Any] | None) -> None:
         job = worker.job
         if answer is None:
             self._workers.remove(worker)
-            status = worker.process.wait()
+            status = worker.end()
             if job is not None:
                 self._desk.close(job, f"its process ended with status {status}; {self._errors.name} may say why")
         elif job is not None and "round" in answer:

@@ -89,8 +89,9 @@ def _draw(chart: Chart, summary: Summary) -> bytes:
     figure = Figure(figsize=(6.2, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     finals = final_accuracies(summary)
+    ends: Summary = summary.get("comparison", {}).get("arms", {})
     for name, arm in sorted(summary["arms"].items(), key=lambda item: finals.get(item[0], 0), reverse=True):
-        _draw_arm(axes, chart, name, arm, finals.get(name))
+        _draw_arm(axes, chart, name, arm, finals.get(name), ends.get(name, {}).get("end_accuracy"))
     _dress(axes, chart, summary)
     if axes.lines:
         figure.legend(loc="outside lower center", ncols=min(3, len(axes.lines)), frameon=False, fontsize=9.5, handlelength=3.2)
@@ -99,7 +100,7 @@ def _draw(chart: Chart, summary: Summary) -> bytes:
     return png.getvalue()
 
 
-def _draw_arm(axes: Axes, chart: Chart, name: str, arm: Summary, final: float | None) -> None:
+def _draw_arm(axes: Axes, chart: Chart, name: str, arm: Summary, final: float | None, ends: Summary | None = None) -> None:
     style = STYLES.get(name, FALLBACK)
     label = _literal(f"{name} {'(unfinished)' if final is None else format_percent(final)}")
     dashes = (0, style.dashes) if style.dashes else "-"
@@ -109,9 +110,8 @@ def _draw_arm(axes: Axes, chart: Chart, name: str, arm: Summary, final: float | 
     points = _points(chart, runs)
     if name == REFERENCE and chart.cost_key and final is not None:
         axes.axhline(final, **look)
-        if len(runs) > 1:
-            ends = [run["final_accuracy"] for run in runs]
-            axes.axhspan(min(ends), max(ends), **shade)
+        if ends is not None and len(runs) > 1:
+            axes.axhspan(ends["min"], ends["max"], **shade)
         axes.annotate(name, (1, final), (4, 0), axes.get_yaxis_transform(), "offset points", color=style.color, fontsize=9.5, va="center")
     elif points:
         costs, lows, medians, highs = zip(*points, strict=True)

@@ -73,11 +73,11 @@ def cells_of(summary: Summary) -> Cells:
 
 def _headings(summary: Summary) -> tuple[str, ...]:
     figures: Summary = summary["comparison"]
-    names = ("arm", "learning\nrate", "\nrounds", "\nend", "\nbest")
+    names = ("arm", "rate", "rounds", "end", "best")
     if figures["baseline"] is not None:
-        names += ("rounds to\nits end", "rounds to\nits best", "times\nsooner")
-        names += ("bound's\nsooner",) if figures["bound"] is not None else ()
-    return (*names, "modelled\ntime")
+        names += ("rounds\nto its\nend", "rounds\nto its\nbest", "times\nsooner")
+        names += ("bound:\nsooner",) if figures["bound"] is not None else ()
+    return (*names, "time")
 
 
 def _rows(summary: Summary) -> list[tuple[tuple[str, ...], bool]]:
@@ -88,24 +88,29 @@ def _rows(summary: Summary) -> list[tuple[tuple[str, ...], bool]]:
 
 def _caption(summary: Summary) -> str:
     figures: Summary = summary["comparison"]
-    sentence = f"End is the mean of the last {figures['last_evaluations']} evaluations; several seeds: median, lowest and highest."
-    if figures["baseline"] is not None:
-        sentence += (
-            f" Its: {figures['baseline']}, the best zeroth-order baseline, seed by seed; times sooner: in its own rounds to its best."
-        )
-    if any(arm["is_at_edge"] for arm in figures["arms"].values()):
-        sentence += f" {EDGE_MARK}."
-    return sentence
+    baseline, bound = figures["baseline"], figures["bound"]
+    end = f"End: mean of the last {figures['last_evaluations']} evaluations"
+    sentences = [f"{end}, median over seeds, lowest–highest; best: median." if len(figures["seeds"]) > 1 else f"{end}."]
+    if baseline is not None:
+        by_seed = ", a line per seed" if len(figures["seeds"]) > 1 else ""
+        sentences += [
+            f"Its: {baseline}'s, the best zeroth-order baseline{by_seed}.",
+            f"Sooner: {baseline}'s own rounds to its best / the arm's.",
+        ]
+        sentences += [f"Bound: {bound}."] if bound is not None else []
+    sentences += ["Time: modelled, median."]
+    sentences += [f"{EDGE_MARK}."] if any(arm["is_at_edge"] for arm in figures["arms"].values()) else []
+    return " ".join(sentences)
 
 
 def format_duration(seconds: float | None) -> str:
-    """Writes a duration: 90 is '1.5 min'."""
+    """Writes a duration: 90 is '1.5 min', 3000 is '50 min'."""
     if seconds is None:
         return DASH
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def pace(summary: Summary, lead: str) -> str:
@@ -120,6 +125,8 @@ def pace(summary: Summary, lead: str) -> str:
     """
     figures: Summary = summary["comparison"]
     arms, baseline, bound = figures["arms"], figures["baseline"], figures["bound"]
+    if not any(arms[baseline]["rounds_to_baseline_best"]):
+        return f"{baseline} is never better than at its start"
     clause = f"it reaches {baseline}'s best accuracy in {_by_seed(arms[lead]['rounds_to_baseline_best'])} rounds"
     clause += f", {baseline} itself in {_by_seed(arms[baseline]['rounds_to_baseline_best'])}"
     clause += f" ({_by_seed(_times(arms[lead]['ratio_to_baseline_best']))} sooner"
@@ -151,7 +158,7 @@ def _cells(name: str, summary: Summary) -> tuple[str, ...]:
         format_number(arm["learning_rate"], "g") + "†" * arm["is_at_edge"],
         format_number(arm["rounds"]),
         _spread(arm["end_accuracy"]),
-        _spread(arm["best_accuracy"]),
+        format_percent(arm["best_accuracy"]["median"]),
     )
     if figures["baseline"] is not None:
         cells += (_stacked(arm["rounds_to_baseline_end"]), _stacked(arm["rounds_to_baseline_best"]))

@@ -28,7 +28,7 @@ def lay_out(heading: str, columns: Sequence[str], rows: Sequence[tuple[tuple[str
     Returns:
         The table; the best arm's accuracy is bold.
     """
-    table = Table(title=Text(heading), caption=caption or None, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(title=Text(heading), caption=caption or None, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
     bold = columns.index(next(column for column in columns if column.strip() in {"final", "end"}))
