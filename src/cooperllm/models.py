@@ -10,8 +10,7 @@ Dimension key: B examples, T tokens, H hidden size, C classes, n trainable param
 import json
 import math
 import warnings
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -257,27 +256,19 @@ class Model:
         """
         directory.mkdir(parents=True, exist_ok=True)
         views = self.layout.views(torch.from_numpy(theta.copy()))
-        with self._holding(views), original_layers(self._prefix):
-            backbone: Any = self._network.get_submodule("backbone")
-            backbone.save_pretrained(directory)
+        backbone: Any = self._network.get_submodule("backbone")
+        loaded = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
+        self._network.load_state_dict(views, strict=False)
+        try:
+            with original_layers(self._prefix):
+                backbone.save_pretrained(directory)
+        finally:
+            self._network.load_state_dict(loaded, strict=False)  # the next arm's θ_0 is read from them
         head = {name.removeprefix("classifier."): view.clone() for name, view in views.items() if name.startswith("classifier.")}
         if head:
             save_file(head, directory / "classifier.safetensors")
         self._tokenizer.save_pretrained(directory)
         (directory / "labels.json").write_text(json.dumps(list(label_names)) + "\n", encoding="utf8")
-
-    @contextmanager
-    def _holding(self, values: Mapping[str, Tensor]) -> Generator[None]:
-        """Within it the network holds other trained values; after it those of θ_0 again, as the next arm starts from them."""
-        loaded = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
-        with torch.no_grad():
-            try:
-                for name, tensor in self._trained.items():
-                    tensor.copy_(values[name])
-                yield
-            finally:
-                for name, tensor in self._trained.items():
-                    tensor.copy_(loaded[name])
 
     def _call(self, theta: Tensor, batch: Batch) -> Tensor:
         return torch.func.functional_call(self._network, self.layout.views(theta), (batch.token_ids, batch.mask))
