@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -247,6 +247,7 @@ def _finished(files: RunDirectory, assembly: Assembly, *, draws: bool) -> Run:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "command": f"cooperllm run {config.recipe} --arm {name} --seed {config.seed}",
         "notices": list(assembly.material.task.notices),
+        "clock": asdict(DEFAULT_CLOCK),
         "config": to_plain(config),
         "arms": {name: arm_summary(config, rounds)},
     }
