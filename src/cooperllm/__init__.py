@@ -14,8 +14,9 @@ Example:
         run.export("adapter")
 """
 
+from cooperllm.comparison import compare, export, resume
 from cooperllm.config import ArmName, RunConfig
 from cooperllm.recipes import recipe
-from cooperllm.session import Run, compare, export, resume, run
+from cooperllm.session import Run, run
 
 __all__ = ["ArmName", "Run", "RunConfig", "compare", "export", "recipe", "resume", "run"]

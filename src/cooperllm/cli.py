@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import rich.console
-import rich.progress
 import typer
 
-from cooperllm import models, recipes, session
+from cooperllm import comparison, models, recipes, session
 from cooperllm.config import AdapterKind, ArmName, EngineName, OptimizerKind, Partition, RunConfig
 from cooperllm.errors import ConfigError, CooperLLMError
+from cooperllm.progress import Progress
 from cooperllm.report import arms_table, verdict
+from cooperllm.wall_clock import clock_from
 
 app = typer.Typer(
     name="cooperllm",
@@ -51,6 +52,13 @@ MemoryMib = Annotated[float | None, typer.Option("--memory-mib", help="Memory fo
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Step size; the recipe's by default.")]
 OptimizerName = Annotated[OptimizerKind | None, typer.Option("--optimizer", help="The server's optimiser; rates are for momentum.")]
 Adapter = Annotated[AdapterKind | None, typer.Option("--adapter", help="What is trained.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Several seeds, comma-separated; the report shows their spread.")]
+RoundsOf = Annotated[str, typer.Option("--rounds-of", help="Rounds of single arms: mezo-fl=200,decomfl=200.")]
+Tune = Annotated[bool, typer.Option("--tune", help="Search each arm's learning rate in the same way, on validation.")]
+TuneRounds = Annotated[int | None, typer.Option("--tune-rounds", help="Tune with runs of so many rounds; by default those of the arm.")]
+Processes = Annotated[int, typer.Option("--processes", help="Runs at the same time, each with one thread.")]
+MemoryLimit = Annotated[float | None, typer.Option("--memory-limit-mib", help="Memory for all processes at their peaks.")]
+Clock = Annotated[str, typer.Option("--clock", help="Modelled device and link: forward_passes_per_s=5,latency_s=0.05,...")]
 Queries = Annotated[int | None, typer.Option("--queries", help="Two-point queries per device and round.")]
 
 
@@ -90,7 +98,7 @@ def run_command(
     settings = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arm", "out", "data_directory"}}
     config = _changed(chosen.with_arm(arm), settings)
     directory = _directory(out, recipe)
-    _show(lambda observe: session.run(config, directory, observe), directory, [config])
+    _show(lambda progress: session.run(config, directory, progress.observe), directory)
 
 
 @app.command("compare")
@@ -99,7 +107,14 @@ def compare_command(
     arms: Annotated[str, typer.Option("--arms", help="Arms, comma-separated; the recipe's by default.")] = "",
     queries: Queries = None,
     rounds: Rounds = None,
+    rounds_of: RoundsOf = "",
     seed: Seed = None,
+    seeds: Seeds = "",
+    tune: Tune = False,  # noqa: FBT002 -- an option
+    tune_rounds: TuneRounds = None,
+    processes: Processes = 1,
+    memory_limit_mib: MemoryLimit = None,
+    clock: Clock = "",
     optimizer: OptimizerName = None,
     model: Model = None,
     adapter: Adapter = None,
@@ -127,15 +142,24 @@ def compare_command(
     chosen = recipes.recipe(recipe, data_directory)
     settings = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arms", "out", "data_directory"}}
     names = _arm_names(arms) or chosen.compared
-    configs = [_changed(chosen.with_arm(name), settings) for name in names]
-    directory = _directory(out, f"{recipe}-compare")
-    _show(lambda observe: session.compare(configs, directory, observe), directory, configs)
+    own_rounds = _rounds_of(rounds_of, names)
+    configs = [_changed(chosen.with_arm(name), settings | {"rounds": own_rounds.get(name, rounds)}) for name in names]
+    if seeds and seed is not None:
+        raise ConfigError("--seeds: found --seed beside it, expected one of them")
+    directory, speeds = _directory(out, f"{recipe}-compare"), clock_from(clock)
+    _show(
+        lambda progress: comparison.compare(
+            configs, directory, progress.observe, seeds=_numbers("--seeds", seeds) or None, tune=tune, tune_rounds=tune_rounds,
+            processes=processes, memory_limit_mib=memory_limit_mib, clock=speeds, tell=progress.tell,
+        ),
+        directory,
+    )  # fmt: skip
 
 
 @app.command("resume")
 def resume_command(run: Annotated[Path, typer.Argument(help="A run directory or a comparison.")]) -> None:
     """Continue a run where it stopped; it ends with the same bits as an uninterrupted one."""
-    _show(lambda observe: session.resume(run, observe), run, [])
+    _show(lambda progress: comparison.resume(run, progress.observe, progress.tell), run)
 
 
 @app.command("export")
@@ -145,7 +169,7 @@ def export_command(
     arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a comparison.")] = None,
 ) -> None:
     """Write the adapter as a directory that plain PEFT loads."""
-    console.print(f"adapter written to {session.export(run, target, arm)}")
+    console.print(f"adapter written to {comparison.export(run, target, arm)}")
 
 
 @app.command("recipes")
@@ -202,13 +226,32 @@ def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     )
 
 
-def _arm_names(text: str) -> tuple[ArmName, ...]:
+def _arm_names(text: str, option: str = "--arms") -> tuple[ArmName, ...]:
     known = [name.value for name in ArmName]
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise ConfigError(f"--arms: found {name!r}, expected some of {', '.join(known)}")
+            raise ConfigError(f"{option}: found {name!r}, expected some of {', '.join(known)}")
     return tuple(ArmName(name) for name in dict.fromkeys(names))
+
+
+def _rounds_of(text: str, arms: Sequence[ArmName]) -> dict[ArmName, int]:
+    """Reads ARM=ROUNDS, comma-separated."""
+    rounds: dict[ArmName, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, number = part.partition("=")
+        found = [arm for arm in _arm_names(name, "--rounds-of") if arm in arms]
+        if len(found) != 1 or not number.strip().isdigit():
+            raise ConfigError(f"--rounds-of: found {part!r}, expected ARM=ROUNDS with one of {', '.join(arm.value for arm in arms)}")
+        rounds[found[0]] = int(number)
+    return rounds
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",") if number.strip())
+    except ValueError as error:
+        raise ConfigError(f"{option}: found {text!r}, expected whole numbers") from error
 
 
 def _directory(out: Path | None, name: str) -> Path:
@@ -218,49 +261,17 @@ def _directory(out: Path | None, name: str) -> Path:
     return next(path for path in taken if not path.exists())
 
 
-def _show(work: Callable[[session.Observer], session.Run], directory: Path, configs: Sequence[RunConfig]) -> None:
-    """Runs with one progress bar per arm, then prints the table and where everything is."""
-    columns = (
-        rich.progress.TextColumn("[bold]{task.description:<11}"),
-        rich.progress.BarColumn(bar_width=24),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("{task.fields[figures]}"),
-    )
-    with rich.progress.Progress(*columns, console=console) as progress:
-        bars = {config.arm.name: progress.add_task(config.arm.name.value, total=config.num_rounds, figures="waiting") for config in configs}
-        seen = _Seen()
-
-        def observe(config: RunConfig, figures: Mapping[str, Any]) -> None:
-            name = config.arm.name
-            if name not in bars:
-                bars[name] = progress.add_task(name.value, total=config.num_rounds, figures="")
-            progress.update(bars[name], completed=figures["round"], figures=seen.line(name, figures))
-
+def _show(work: Callable[[Progress], session.Run], directory: Path) -> None:
+    """Shows progress, then the table and where everything is."""
+    with Progress(console) as progress:
         try:
-            finished = work(observe)
+            finished = work(progress)
         except KeyboardInterrupt as interrupt:
             progress.stop()
             console.print(f"interrupted; continue with: cooperllm resume {directory}", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from interrupt
     for notice in finished.summary["notices"]:
-        console.print(f"note: {notice}", highlight=False)
+        console.print(f"note: {notice}", markup=False, highlight=False)
     console.print(arms_table(finished.summary))
     console.print(verdict(finished.summary), highlight=False)
     console.print(f"report: {(finished.path / 'report.html').resolve()}", highlight=False, soft_wrap=True)
-
-
-class _Seen:
-    """What a progress line shows: the newest accuracy and loss, and bytes so far."""
-
-    def __init__(self) -> None:
-        self._newest: dict[ArmName, str] = {}
-        self._bytes: dict[ArmName, int] = {}
-
-    def line(self, name: ArmName, figures: Mapping[str, Any]) -> str:
-        """Formats one round's figures."""
-        if figures["accuracy"] is not None:
-            self._newest[name] = f"accuracy {figures['accuracy']:.1%}  loss {figures['loss']:.3f}"
-        self._bytes[name] = self._bytes.get(name, 0) + figures["bytes_down"] + figures["bytes_up"]
-        rho = "" if figures["rho"] is None else f"  rho {figures['rho']:+.2f}"
-        return f"{self._newest.get(name, '')}  {self._bytes[name] / 1e6:.1f} MB{rho}"

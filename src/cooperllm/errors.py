@@ -51,6 +51,7 @@ class QuorumError(CooperLLMError):
         round_index: Round that could not be closed, from 0.
         received: Usable reports.
         required: Usable reports required.
+        dropped: Why the others were dropped.
     """
 
     def __init__(self, *, round_index: int, received: int, required: int, dropped: str) -> None:
@@ -61,3 +62,4 @@ class QuorumError(CooperLLMError):
         self.round_index = round_index
         self.received = received
         self.required = required
+        self.dropped = dropped

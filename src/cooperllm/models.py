@@ -258,12 +258,14 @@ class Model:
         """
         directory.mkdir(parents=True, exist_ok=True)
         views = self.layout.views(torch.from_numpy(theta.copy()))
-        with torch.no_grad():
-            for name, tensor in self._trained.items():
-                tensor.copy_(views[name])
         backbone: Any = self._network.get_submodule("backbone")
-        with original_layers(self._prefix):
-            backbone.save_pretrained(directory)
+        loaded = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
+        self._network.load_state_dict(views, strict=False)
+        try:
+            with original_layers(self._prefix):
+                backbone.save_pretrained(directory)
+        finally:
+            self._network.load_state_dict(loaded, strict=False)  # the next arm's θ_0 is read from them
         head = {name.removeprefix("classifier."): view.clone() for name, view in views.items() if name.startswith("classifier.")}
         if head:
             save_file(head, directory / "classifier.safetensors")

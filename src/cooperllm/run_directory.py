@@ -77,10 +77,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: If something is there already, or nothing can be written.
         """
-        if path.exists() and not path.is_dir():
-            raise RunDirectoryError(f"{path}: a file is in the way; choose another directory for the run")
-        if path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
-            raise RunDirectoryError(f"{path}: the directory is not empty; choose another, or continue it with `cooperllm resume {path}`")
+        refuse_taken(path)
         directory = cls(path)
         with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -287,6 +284,21 @@ def config_hash(config: RunConfig) -> bytes:
     """
     text = json.dumps([FORMAT_VERSION, to_plain(config)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def refuse_taken(path: Path) -> None:
+    """Makes sure that a directory is missing or empty.
+
+    Args:
+        path: Where a run or a comparison is going to be.
+
+    Raises:
+        RunDirectoryError: If something is there already.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"{path}: a file is in the way; choose another directory for the run")
+    if path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
+        raise RunDirectoryError(f"{path}: the directory is not empty; choose another, or continue it with `cooperllm resume {path}`")
 
 
 @contextmanager

@@ -1,20 +1,16 @@
-"""Runs from beginning to end: rounds, evaluation, files, and several arms side by side.
-
-A comparison is a directory of runs, one per arm; both kinds of directory have a `summary.json` of the same form.
-"""
+"""A run from beginning to end: rounds, evaluation, files. Several of them side by side are a comparison, see `comparison.py`."""
 
 import datetime
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
@@ -34,6 +30,7 @@ from cooperllm.messages import FORMAT_VERSION, Update
 from cooperllm.models import Examples, Model
 from cooperllm.round import RoundResult, run_round
 from cooperllm.run_directory import Checkpoint, RunDirectory, config_hash
+from cooperllm.wall_clock import DEFAULT_CLOCK, DeviceClock, round_seconds
 
 LEVELS = tuple(round(0.05 * step, 2) for step in range(4, 20))
 EVALUATION_BATCH = 50
@@ -54,9 +51,9 @@ class Run:
     path: Path
     summary: dict[str, Any]
 
-    def export(self, directory: Path | str, arm: str | None = None) -> Path:
+    def export(self, directory: Path | str) -> Path:
         """Writes the trained adapter the way PEFT does; see `export`."""
-        return export(self.path, Path(directory), arm)
+        return export(self.path, directory)
 
 
 def run(config: RunConfig, directory: Path | str, observe: Observer | None = None) -> Run:
@@ -78,38 +75,14 @@ def run(config: RunConfig, directory: Path | str, observe: Observer | None = Non
     return _continued(RunDirectory.create(Path(directory), config), material, observe)
 
 
-def compare(configs: Sequence[RunConfig], directory: Path | str, observe: Observer | None = None) -> Run:
-    """Trains several arms one after the other on the same task and reports on all of them.
+def resume(directory: Path | str, observe: Observer | None = None, material: Material | None = None, *, draws: bool = True) -> Run:
+    """Continues a run where it stopped; a finished one only gets its report anew.
 
     Args:
-        configs: One configuration per arm; everything but the arm is expected to be the same.
-        directory: A missing or empty directory.
+        directory: A run directory.
         observe: Called after every round.
-
-    Returns:
-        The finished comparison.
-
-    Raises:
-        RunDirectoryError: If the directory is not empty; for what else can happen see `cooperllm.errors`. What was done so far stays.
-    """
-    path = Path(directory)
-    if path.exists() and any(path.iterdir()):
-        raise RunDirectoryError(f"{path}: the directory is not empty; choose another, or continue it with `cooperllm resume {path}`")
-    material = Material(configs[0])
-    material.check([config.arm.name for config in configs])
-    for config in configs:
-        RunDirectory.create(path / config.arm.name.value, config)
-    names = [config.arm.name.value for config in configs]
-    RunDirectory(path).write_json("comparison.json", {"arms": names})
-    return _all_continued(path, names, material, observe)
-
-
-def resume(directory: Path | str, observe: Observer | None = None) -> Run:
-    """Continues a run or a comparison where it stopped; a finished one only gets its report anew.
-
-    Args:
-        directory: A run directory or a comparison.
-        observe: Called after every round.
+        material: Model and texts of another run, used again where they are the same.
+        draws: Whether plots and page are made; a comparison makes its own.
 
     Returns:
         The finished run: θ has the bits of an uninterrupted one.
@@ -117,28 +90,15 @@ def resume(directory: Path | str, observe: Observer | None = None) -> Run:
     Raises:
         RunDirectoryError: If the directory is missing or damaged; nothing in it is overwritten.
     """
-    path = Path(directory)
-    names = _compared(path)
-    if not names:
-        return _continued(RunDirectory(path), None, observe)
-    return _all_continued(path, names, Material(RunDirectory(path / names[0]).config()), observe)
+    return _continued(RunDirectory(Path(directory)), material, observe, draws=draws)
 
 
-def _all_continued(path: Path, names: Sequence[str], material: Material, observe: Observer | None) -> Run:
-    """Brings every arm of a comparison to its end and reports on all of them."""
-    runs = [_continued(RunDirectory(path / name), material, observe) for name in names]
-    summary = runs[0].summary | {"arms": {name: part for run in runs for name, part in run.summary["arms"].items()}}
-    summary["command"] = f"cooperllm compare {summary['recipe']} --arms {','.join(names)} --seed {summary['seed']}"
-    return _reported(RunDirectory(path), summary)
-
-
-def export(directory: Path | str, target: Path | str, arm: str | None = None) -> Path:
+def export(directory: Path | str, target: Path | str) -> Path:
     """Writes the adapter of a run as a directory that plain PEFT loads.
 
     Args:
-        directory: A run, finished or not, or a comparison.
+        directory: A run, finished or not.
         target: Where to write.
-        arm: Which arm of a comparison; the only one of a run by default.
 
     Returns:
         The target.
@@ -146,38 +106,20 @@ def export(directory: Path | str, target: Path | str, arm: str | None = None) ->
     Raises:
         RunDirectoryError: If there is no such run.
     """
-    path = Path(directory)
-    names = _compared(path)
-    if names:
-        chosen = arm or ("measured" if "measured" in names else names[0])
-        if chosen not in names:
-            raise RunDirectoryError(f"{path}: no arm {arm!r}; expected one of {', '.join(names)}")
-        path = path / chosen
-    files = RunDirectory(path)
+    files = RunDirectory(Path(directory))
     assembly = assemble(files)
     _save(assembly, _restored(files, assembly, files.updates(), []), Path(target))
     return Path(target)
 
 
-def _compared(path: Path) -> list[str]:
-    """The arms of a comparison; none for a single run."""
-    file = path / "comparison.json"
-    if not file.is_file():
-        return []
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, list[str]])["arms"]
-    except (msgspec.DecodeError, KeyError) as error:
-        raise RunDirectoryError(f"{file} is damaged ({error}); it lists the arms, one directory each; nothing was changed") from error
-
-
-def _continued(files: RunDirectory, material: Material | None, observe: Observer | None) -> Run:
+def _continued(files: RunDirectory, material: Material | None, observe: Observer | None, *, draws: bool = True) -> Run:
     assembly = assemble(files, material)
     config = assembly.config
     with files.locked():
         updates = files.repair()
         if len(updates) < config.num_rounds:
             _carried_by(config, assembly, partial(_train, files, assembly, updates, observe))
-        return _finished(files, assembly)
+        return _finished(files, assembly, draws=draws)
 
 
 def _carried_by(config: RunConfig, assembly: Assembly, drive: Callable[[Link], None]) -> None:
@@ -290,7 +232,7 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
     }
 
 
-def _finished(files: RunDirectory, assembly: Assembly) -> Run:
+def _finished(files: RunDirectory, assembly: Assembly, *, draws: bool) -> Run:
     config = assembly.config
     updates, rounds = files.updates(), files.rounds()
     cloud = _restored(files, assembly, updates, [])
@@ -307,21 +249,34 @@ def _finished(files: RunDirectory, assembly: Assembly) -> Run:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "command": f"cooperllm run {config.recipe} --arm {name} --seed {config.seed}",
         "notices": list(assembly.material.task.notices),
+        "clock": asdict(DEFAULT_CLOCK),
         "config": to_plain(config),
-        "arms": {name: _arm_summary(config, rounds)},
+        "arms": {name: arm_summary(config, rounds)},
     }
-    return _reported(files, summary)
+    return reported(files.path, summary, draws=draws)
 
 
 def _save(assembly: Assembly, cloud: Cloud, target: Path) -> None:
     assembly.material.model.save_adapter(cloud.replica.theta, target, assembly.material.task.label_names)
 
 
-def _arm_summary(config: RunConfig, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    curve = [[0, rounds[0]["accuracy_before"]]] + [[row["round"], row["accuracy"]] for row in rounds if row["accuracy"] is not None]
+def arm_summary(config: RunConfig, rounds: Sequence[Mapping[str, Any]], clock: DeviceClock = DEFAULT_CLOCK) -> dict[str, Any]:
+    """Sums up the figures of a run, finished or not.
+
+    Args:
+        config: Its settings.
+        rounds: Figures of each round, oldest first.
+        clock: Device and link of the modelled wall clock.
+
+    Returns:
+        An arm's entry in `summary.json`.
+    """
+    curve = [[0, rounds[0]["accuracy_before"]]] if rounds else []
+    curve += [[row["round"], row["accuracy"]] for row in rounds if row["accuracy"] is not None]
     evaluated = [number for number, _ in curve]
     forward_passes = np.cumsum([0] + [row["forward_passes"] for row in rounds]).tolist()
     link_bytes = np.cumsum([0] + [row["bytes_down"] + row["bytes_up"] for row in rounds]).tolist()
+    seconds = modelled_seconds(config, rounds, clock)
     dropped: dict[str, int] = {}
     for row in rounds:
         for outcome, count in row["dropped"].items():
@@ -331,17 +286,18 @@ def _arm_summary(config: RunConfig, rounds: Sequence[Mapping[str, Any]]) -> dict
         "finished": len(rounds) == config.num_rounds,
         "rounds": len(rounds),
         "learning_rate": config.arm.learning_rate,
-        "final_accuracy": curve[-1][1],
-        "best_accuracy": max(accuracy for _, accuracy in curve),
+        "final_accuracy": curve[-1][1] if curve else None,
+        "best_accuracy": max((accuracy for _, accuracy in curve), default=None),
         "accuracy_by_round": curve,
         "validation_accuracy_by_round": [
             [row["round"], row["validation_accuracy"]] for row in rounds if row["validation_accuracy"] is not None
         ],
         "forward_passes_by_round": [[number, forward_passes[number]] for number in evaluated],
         "bytes_by_round": [[number, link_bytes[number]] for number in evaluated],
+        "modelled_seconds_by_round": [[number, seconds[number]] for number in evaluated],
         "rho_by_round": [[row["round"], row["rho"]] for row in rounds if row["rho"] is not None],
         "rounds_to": {str(level): rounds_to(curve, level) for level in LEVELS},
-        "queries_per_device_round": max(row["queries"] for row in rounds),
+        "queries_per_device_round": max((row["queries"] for row in rounds), default=0),
         "forward_passes": forward_passes[-1],
         "bytes_up": sum(row["bytes_up"] for row in rounds),
         "bytes_down": sum(row["bytes_down"] for row in rounds),
@@ -351,6 +307,24 @@ def _arm_summary(config: RunConfig, rounds: Sequence[Mapping[str, Any]]) -> dict
         "uses_back_propagation_on_devices": arm(config.arm.name).local_training(config.arm) is not None,
         "dropped_reports": dropped,
     }
+
+
+def modelled_seconds(config: RunConfig, rounds: Sequence[Mapping[str, Any]], clock: DeviceClock) -> list[float]:
+    """Models the wall clock from the start to the end of each round, see `wall_clock`.
+
+    Args:
+        config: Settings of the run.
+        rounds: Figures of each round, oldest first.
+        clock: Device and link.
+
+    Returns:
+        Seconds, one more than rounds; the first is 0.
+    """
+    devices, seconds = config.federation.devices_per_round, [0.0]
+    for row in rounds:
+        of_device = {name: row[name] / devices for name in ("forward_passes", "bytes_down", "bytes_up")}
+        seconds.append(round(seconds[-1] + round_seconds(clock, **of_device), 6))
+    return seconds
 
 
 def rounds_to(curve: Sequence[Sequence[float]], level: float) -> int | None:
@@ -370,8 +344,18 @@ def rounds_to(curve: Sequence[Sequence[float]], level: float) -> int | None:
     return next((int(number) for number, accuracy in curve if accuracy >= level), None)
 
 
-def _reported(files: RunDirectory, summary: dict[str, Any]) -> Run:
-    files.write_json("summary.json", summary)
-    plots = report.write_plots(summary, files.path)
-    report.write_page(summary, files.path, plots)
-    return Run(path=files.path, summary=summary)
+def reported(path: Path, summary: dict[str, Any], *, draws: bool = True) -> Run:
+    """Writes plots and page, and last the summary, which says that everything is there.
+
+    Args:
+        path: Directory of a run or a comparison.
+        summary: Contents of `summary.json`.
+        draws: Whether plots and page are made.
+
+    Returns:
+        The finished run or comparison.
+    """
+    if draws:
+        report.write_page(summary, path, report.write_plots(summary, path))
+    RunDirectory(path).write_json("summary.json", summary)
+    return Run(path=path, summary=summary)

@@ -24,7 +24,13 @@ def make_arm(*accuracies, cost=100, **changes):
     costs = [[index, cost * index] for index, _ in by_round]
     levels = {level: next((index for index, reached in by_round if reached >= float(level)), None) for level in ("0.6", "0.7", "0.8")}
     arm = {"rounds": last, "learning_rate": 0.03, "final_accuracy": accuracies[-1], "best_accuracy": max(accuracies)}
-    arm |= {"accuracy_by_round": by_round, "forward_passes_by_round": costs, "bytes_by_round": costs, "rounds_to": levels}
+    arm |= {
+        "accuracy_by_round": by_round,
+        "forward_passes_by_round": costs,
+        "bytes_by_round": costs,
+        "modelled_seconds_by_round": costs,
+        "rounds_to": levels,
+    }
     arm |= {"forward_passes": cost * last, "bytes_up": 0, "bytes_down": cost * last, "wall_seconds": 1.0, "dropped_reports": {}}
     return arm | {"queries_per_device_round": 8, "uses_back_propagation_on_devices": False, "rho_by_round": []} | changes
 
@@ -55,7 +61,7 @@ def printed(summary):
 
 def drawn(chart, name, arm):
     axes = Figure().add_subplot()
-    _draw_arm(axes, chart, name, arm)
+    _draw_arm(axes, chart, name, arm, arm["final_accuracy"])
     return list(axes.lines[0].get_xdata()), list(axes.lines[0].get_ydata())
 
 
@@ -137,9 +143,14 @@ def test_plots_are_150_dpi_and_survive_arms_without_points(tmp_path):
 
 
 def test_a_cost_of_nothing_is_a_level_and_never_a_point_on_a_logarithmic_axis():
-    by_rounds, by_passes, by_bytes = CHARTS
+    by_rounds, by_passes, by_bytes, by_time = CHARTS
     assert drawn(by_rounds, "cloud-only", CLOUD)[1] == [0.5, 0.7, 0.75, 0.78, 0.789]
-    assert drawn(by_passes, "cloud-only", CLOUD)[1] == drawn(by_bytes, "cloud-only", CLOUD)[1] == [0.789, 0.789]
+    assert (
+        drawn(by_passes, "cloud-only", CLOUD)[1]
+        == drawn(by_bytes, "cloud-only", CLOUD)[1]
+        == drawn(by_time, "cloud-only", CLOUD)[1]
+        == [0.789, 0.789]
+    )
     assert drawn(by_passes, "measured", MEASURED)[0] == [0, 500, 1000, 1500, 2000]  # 100 a round, every 5 rounds
     assert drawn(by_bytes, "measured", MEASURED)[0] == [500, 1000, 1500, 2000]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cooperllm.report.plots import CHARTS, FALLBACK, STYLES, replace_file
-from cooperllm.report.table import BOUND_MARK, Summary, arm_rows, final_accuracies, format_number, format_percent, headings
+from cooperllm.report.spread import cells_of, format_duration, pace
+from cooperllm.report.table import BOUND_MARK, Summary, final_accuracies, format_number, format_percent, title
 
 LEADS = ("feedback", "measured")
 UNGUIDED = "mezo-fl"
@@ -31,12 +32,14 @@ def write_page(summary: Summary, directory: Path, plots: Sequence[Path]) -> Path
     """
     loader = PackageLoader("cooperllm.report", "")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    cells = cells_of(summary)
     axes = {chart.file_name: chart.axis for chart in CHARTS}
     text = environment.get_template("report.html.jinja").render(
         summary=summary,
         verdict=verdict(summary),
-        headings=headings(summary),
-        rows=list(zip(summary["arms"], arm_rows(summary), strict=True)),
+        title=title(summary),
+        cells=cells,
+        rows=list(zip(summary["arms"], cells.rows, strict=True)),
         finals=final_accuracies(summary),
         styles={name: STYLES.get(name, FALLBACK) for name in summary["arms"]},
         figures=[(plot.name, axes.get(plot.name, plot.stem), base64.b64encode(plot.read_bytes()).decode()) for plot in plots],
@@ -45,6 +48,7 @@ def write_page(summary: Summary, directory: Path, plots: Sequence[Path]) -> Path
         bound_mark=BOUND_MARK,
         format_number=format_number,
         format_percent=format_percent,
+        format_duration=format_duration,
     )
     return replace_file(directory / "report.html", text.encode())
 
@@ -73,11 +77,15 @@ def verdict(summary: Summary) -> str:
     lead = next((name for name in LEADS if name in finals), best)
     others = sorted(finals.keys() - {lead}, key=lambda name: (-finals[name], name))
     sentence = f"{lead} ends at {format_percent(finals[lead])}"
+    if len(seeds := summary.get("comparison", {}).get("seeds", [])) > 1:
+        sentence += f" (median of {len(seeds)} seeds)"
     if others:
         sentence += f", {_enumerate(_margins(finals, lead, others))}"
     else:
         sentence += f" after {arms[lead]['rounds']} rounds and {format_number(arms[lead]['forward_passes'])} forward passes"
-    if UNGUIDED in others:
+    if "comparison" in summary:
+        sentence += f"; {pace(summary, lead)}" if summary["comparison"]["baseline"] not in {None, lead} else ""
+    elif UNGUIDED in others:
         sentence += f"; {_pace(arms[lead], arms[UNGUIDED])}"
     unfinished = [name for name in arms if name not in finals]
     if unfinished:

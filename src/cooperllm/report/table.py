@@ -3,7 +3,7 @@
 A summary maps names to plain values; its "arms" maps an arm's name to its numbers. A number that an unfinished arm lacks is a dash.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -16,27 +16,31 @@ BOUND_MARK = "* back-propagates on devices: a bound, not a competitor"
 DASH = "–"
 
 
-def arms_table(summary: Summary) -> Table:
-    """Lays the arms of a summary out for an 80-column terminal.
+def lay_out(heading: str, columns: Sequence[str], rows: Sequence[tuple[tuple[str, ...], bool]], caption: str) -> Table:
+    """Lays cells out for an 80-column terminal.
 
     Args:
-        summary: Content of summary.json; not modified.
+        heading: Title.
+        columns: Headings, one per cell.
+        rows: Cells of each arm, and whether it is the best one.
+        caption: What stands below, or nothing.
 
     Returns:
-        One row per arm, the best final accuracy in bold.
-
-    Example:
-        >>> arms_table({"recipe": "demo", "seed": 0, "arms": {"measured": {"final_accuracy": 0.83}}}).row_count
-        1
+        The table; the best arm's accuracy is bold.
     """
-    title = Text(f"{summary['recipe']}, seed {summary['seed']}")
-    has_bound = any(arm.get("uses_back_propagation_on_devices") for arm in summary["arms"].values())
-    table = Table(title=title, caption=BOUND_MARK if has_bound else None, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for index, heading in enumerate(headings(summary)):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
-    for (name, learning_rate, final, *others), is_best in arm_rows(summary):
-        table.add_row(Text(name), learning_rate, Text(final, "bold" if is_best else ""), *others)
+    table = Table(title=Text(heading), caption=caption or None, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
+    bold = columns.index(next(column for column in columns if column.strip() in {"final", "end"}))
+    for cells, is_best in rows:
+        table.add_row(*(Text(cell, "bold" if is_best and index == bold else "") for index, cell in enumerate(cells)))
     return table
+
+
+def title(summary: Summary) -> str:
+    """Names a run or comparison by its recipe and seeds."""
+    seeds: Sequence[int] = summary.get("comparison", {}).get("seeds", [summary["seed"]])
+    return f"{summary['recipe']}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def headings(summary: Summary) -> tuple[str, ...]:
@@ -53,7 +57,10 @@ def arm_rows(summary: Summary) -> list[tuple[tuple[str, ...], bool]]:
 
 
 def final_accuracies(summary: Summary) -> dict[str, float]:
-    """Maps each finished arm to its final accuracy; an unfinished arm cannot be compared."""
+    """Maps each finished arm to the accuracy it ends at, over several seeds the median; an unfinished arm cannot be compared."""
+    if "comparison" in summary:
+        figures: Summary = summary["comparison"]["arms"]
+        return {name: arm["end_accuracy"]["median"] for name, arm in figures.items() if set(arm["outcomes"]) == {"finished"}}
     arms = summary["arms"].items()
     return {name: arm["final_accuracy"] for name, arm in arms if arm.get("finished", True) and arm.get("final_accuracy") is not None}
 
@@ -91,7 +98,7 @@ def _levels(summary: Summary) -> list[str]:
 def _cells(name: str, arm: Summary, levels: list[str]) -> tuple[str, ...]:
     mark = "*" * arm.get("uses_back_propagation_on_devices", False)
     return (
-        name + mark + ("" if arm.get("finished", True) else "\nunfinished"),
+        name + mark + ("" if arm.get("finished", True) else f"\n{arm.get('outcome', 'unfinished')}"),
         format_number(arm.get("learning_rate"), "g"),
         format_percent(arm.get("final_accuracy")),
         format_percent(arm.get("best_accuracy")),
