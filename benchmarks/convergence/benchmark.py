@@ -1,38 +1,32 @@
-"""Convergence of every arm on real data under shift: rows of a table, each a tuned comparison over several seeds.
+"""Convergence of every arm on real data under shift: rows of a table, each a comparison over several seeds.
 
-What a row does is `cooperllm.compare`: the same search for a learning rate for every arm, on validation with the first seed, then all
-seeds. A killed benchmark continues where it stopped: run the same command again. A row's table, plots and figures are in its directory.
+What a row does is `cooperllm.compare`: with --tune the same search for a learning rate for every arm, on validation with the first seed,
+then all seeds. A killed benchmark continues where it stopped: run the same command again. A row's table, plots and figures are in its
+directory.
 
     python benchmarks/convergence/benchmark.py --data-directory ../shared/data --work runs/convergence
 """
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 import cooperllm
-from cooperllm.config import ArmName, EngineName, RunConfig
+from cooperllm.config import NO_TEXT, ArmName, EngineName, RunConfig, SourceConfig
 from cooperllm.progress import Progress
 from cooperllm.report import arms_table, verdict
 
-ARMS = (
-    ArmName.MEZO_FL,
-    ArmName.FEEDBACK,
-    ArmName.MEASURED,
-    ArmName.CLOUD_ONLY,
-    ArmName.PAPER,
-    ArmName.FEDAVG_BP,
-    ArmName.DECOMFL,
-    ArmName.FEDKSEED,
-    ArmName.FWDLLM,
-    ArmName.WARM_START,
-)
-LONG = {ArmName.MEZO_FL: 200, ArmName.DECOMFL: 200}
-SHORT = 60
+A = ArmName
+CORE = (A.FEEDBACK, A.FEDAVG_BP, A.CLOUD_ONLY, A.MEASURED)
+BASELINES = (A.MEZO_FL, A.DECOMFL, A.FEDKSEED, A.FWDLLM, A.WARM_START, A.PAPER)
+BREADTH = (A.FEEDBACK, A.FEDAVG_BP, A.CLOUD_ONLY)
+LABEL_FREE = (A.FEEDBACK,)
+SHORT, LONG = 60, 200
 
 
 @dataclass(frozen=True)
@@ -42,25 +36,68 @@ class Row:
     Attributes:
         recipe: The task.
         arms: What is compared.
-        rounds: Rounds of arms that get more or fewer than `SHORT`.
-        change: What differs from the recipe, for every arm.
+        rounds: Rounds of every arm.
+        public: The cloud's text, if another than the recipe's: folder below the data directory, or "none".
+        private: The devices' text, if another than the recipe's.
+        source: Other fields of the public source.
+        last_layers: How many of the last layers are adapted.
     """
 
     recipe: str
-    arms: tuple[ArmName, ...] = ARMS
-    rounds: Mapping[ArmName, int] = field(default_factory=lambda: LONG)
-    change: Callable[[RunConfig], RunConfig] = lambda config: config
+    arms: tuple[ArmName, ...]
+    rounds: int = SHORT
+    public: str | None = None
+    private: str | None = None
+    source: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    last_layers: int | None = 2
 
     def configs(self, data_directory: str) -> list[RunConfig]:
         """Gives one configuration per arm."""
         recipe = cooperllm.recipe(self.recipe, data_directory)
-        same = {"evaluate_every": 5, "checkpoint_every": 50, "engine": EngineName.LOOPBACK}
-        return [self.change(replace(recipe.with_arm(arm), num_rounds=self.rounds.get(arm, SHORT), **same)) for arm in self.arms]
+        return [self._changed(recipe.with_arm(arm), data_directory) for arm in self.arms]
+
+    def _changed(self, config: RunConfig, data_directory: str) -> RunConfig:
+        public, private = config.data.public, config.data.private
+        if self.public is not None:
+            public = SourceConfig(name=self.public if self.public == NO_TEXT else f"{data_directory}/{self.public}")
+        if self.private is not None:
+            private = SourceConfig(name=f"{data_directory}/{self.private}")
+        return replace(
+            config,
+            data=replace(config.data, public=replace(public, **self.source), private=private),
+            model=replace(config.model, last_layers=self.last_layers),
+            num_rounds=self.rounds,
+            evaluate_every=5 if self.rounds == SHORT else 10,
+            checkpoint_every=50,
+            engine=EngineName.LOOPBACK,
+        )
 
 
+UNLABELLED = {"label_column": None}
 ROWS = {
-    "sentiment-shift": Row("sentiment-shift"),
-    "missing-topics": Row("missing-topics"),
+    # The core table: every arm, a shift of domain and missing classes.
+    "sentiment-shift": Row("sentiment-shift", CORE),
+    "missing-topics": Row("missing-topics", CORE),
+    "sentiment-shift-baselines": Row("sentiment-shift", BASELINES, LONG),
+    "missing-topics-baselines": Row("missing-topics", BASELINES, LONG),
+    # The breadth table. Its private sets are those of the core table and two more, whose unguided baseline is below.
+    "matched": Row("missing-topics", BREADTH, public="ag_news", source={"max_examples": 400}),
+    "imdb-sst2": Row("sentiment-shift", BREADTH, public="imdb"),
+    "amazon-customer": Row("sentiment-shift", BREADTH, public="amazon_multi", private="customer_reviews"),
+    "label-noise": Row("missing-topics", (A.FEEDBACK, A.CLOUD_ONLY), public="ag_news", source={"max_examples": 400, "label_noise": 0.4}),
+    "shuffled-labels": Row(
+        "missing-topics", (A.FEEDBACK, A.CLOUD_ONLY), public="ag_news", source={"max_examples": 400, "label_noise": 1.0}
+    ),
+    "unlabelled-news-sst2": Row("sentiment-shift", LABEL_FREE, public="ag_news", source=UNLABELLED),
+    "unrelated-amazon-news": Row("missing-topics", LABEL_FREE, public="amazon_multi", source=UNLABELLED),
+    "no-public-sst2": Row("sentiment-shift", LABEL_FREE, public=NO_TEXT),
+    "no-public-news": Row("missing-topics", LABEL_FREE, public=NO_TEXT),
+    "banking77": Row("missing-topics", BREADTH, public="banking77", private="banking77", source={"max_examples": 400}),
+    "customer-baseline": Row("sentiment-shift", (A.MEZO_FL,), LONG, public="amazon_multi", private="customer_reviews"),
+    "banking77-baseline": Row("missing-topics", (A.MEZO_FL,), LONG, public="banking77", private="banking77"),
+    # The depth table: all six layers.
+    "six-layers": Row("sentiment-shift", (A.FEEDBACK, A.FEDAVG_BP), last_layers=None),
+    "six-layers-baseline": Row("sentiment-shift", (A.MEZO_FL,), LONG, last_layers=None),
 }
 
 
@@ -73,6 +110,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--memory-limit-mib", type=float)
+    parser.add_argument("--rate", type=float, help="one learning rate for every arm, instead of the recipe's")
+    parser.add_argument("--tune", action="store_true", help="search for every arm's learning rate")
+    parser.add_argument("--tune-rounds", type=int, help="rounds of the runs that tune")
+    parser.add_argument("--arms", nargs="+", choices=[arm.value for arm in ArmName], help="only these of a row's arms")
     arguments = parser.parse_args()
     console = Console()
     for name in arguments.rows:
@@ -81,12 +122,18 @@ def main() -> None:
             if (path / "comparison.json").is_file():
                 found = cooperllm.resume(path, progress.observe, progress.tell)
             else:
+                configs = [
+                    c for c in ROWS[name].configs(arguments.data_directory) if c.arm.name.value in (arguments.arms or [c.arm.name.value])
+                ]
+                if arguments.rate is not None:
+                    configs = [replace(config, arm=replace(config.arm, learning_rate=arguments.rate)) for config in configs]
                 found = cooperllm.compare(
-                    ROWS[name].configs(arguments.data_directory),
+                    configs,
                     path,
                     progress.observe,
                     seeds=arguments.seeds,
-                    tune=True,
+                    tune=arguments.tune,
+                    tune_rounds=arguments.tune_rounds,
                     processes=arguments.processes,
                     memory_limit_mib=arguments.memory_limit_mib,
                     tell=progress.tell,
