@@ -26,7 +26,7 @@ CORE = (A.FEEDBACK, A.FEDAVG_BP, A.CLOUD_ONLY, A.MEASURED)
 BASELINES = (A.MEZO_FL, A.DECOMFL, A.FEDKSEED, A.FWDLLM, A.WARM_START, A.PAPER)
 BREADTH = (A.FEEDBACK, A.FEDAVG_BP, A.CLOUD_ONLY)
 LABEL_FREE = (A.FEEDBACK,)
-SHORT, LONG = 60, 200
+BROAD, SHORT, LONG = 40, 60, 200
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Row:
             data=replace(config.data, public=replace(public, **self.source), private=private),
             model=replace(config.model, last_layers=self.last_layers),
             num_rounds=self.rounds,
-            evaluate_every=5 if self.rounds == SHORT else 10,
+            evaluate_every=10 if self.rounds == LONG else 5,
             checkpoint_every=50,
             engine=EngineName.LOOPBACK,
         )
@@ -81,22 +81,24 @@ ROWS = {
     "sentiment-shift-baselines": Row("sentiment-shift", BASELINES, LONG),
     "missing-topics-baselines": Row("missing-topics", BASELINES, LONG),
     # The breadth table. Its private sets are those of the core table and two more, whose unguided baseline is below.
-    "matched": Row("missing-topics", BREADTH, public="ag_news", source={"max_examples": 400}),
-    "imdb-sst2": Row("sentiment-shift", BREADTH, public="imdb"),
-    "amazon-customer": Row("sentiment-shift", BREADTH, public="amazon_multi", private="customer_reviews"),
-    "label-noise": Row("missing-topics", (A.FEEDBACK, A.CLOUD_ONLY), public="ag_news", source={"max_examples": 400, "label_noise": 0.4}),
-    "shuffled-labels": Row(
-        "missing-topics", (A.FEEDBACK, A.CLOUD_ONLY), public="ag_news", source={"max_examples": 400, "label_noise": 1.0}
+    "matched": Row("missing-topics", BREADTH, BROAD, public="ag_news", source={"max_examples": 400}),
+    "imdb-sst2": Row("sentiment-shift", BREADTH, BROAD, public="imdb"),
+    "amazon-customer": Row("sentiment-shift", BREADTH, BROAD, public="amazon_multi", private="customer_reviews"),
+    "label-noise": Row(
+        "missing-topics", (A.FEEDBACK, A.CLOUD_ONLY), BROAD, public="ag_news", source={"max_examples": 400, "label_noise": 0.4}
     ),
-    "unlabelled-news-sst2": Row("sentiment-shift", LABEL_FREE, public="ag_news", source=UNLABELLED),
-    "unrelated-amazon-news": Row("missing-topics", LABEL_FREE, public="amazon_multi", source=UNLABELLED),
-    "no-public-sst2": Row("sentiment-shift", LABEL_FREE, public=NO_TEXT),
-    "no-public-news": Row("missing-topics", LABEL_FREE, public=NO_TEXT),
-    "banking77": Row("missing-topics", BREADTH, public="banking77", private="banking77", source={"max_examples": 400}),
+    "shuffled-labels": Row(
+        "missing-topics", (A.FEEDBACK, A.CLOUD_ONLY), BROAD, public="ag_news", source={"max_examples": 400, "label_noise": 1.0}
+    ),
+    "unlabelled-news-sst2": Row("sentiment-shift", LABEL_FREE, BROAD, public="ag_news", source=UNLABELLED),
+    "unrelated-amazon-news": Row("missing-topics", LABEL_FREE, BROAD, public="amazon_multi", source=UNLABELLED),
+    "no-public-sst2": Row("sentiment-shift", LABEL_FREE, BROAD, public=NO_TEXT),
+    "no-public-news": Row("missing-topics", LABEL_FREE, BROAD, public=NO_TEXT),
+    "banking77": Row("missing-topics", BREADTH, BROAD, public="banking77", private="banking77", source={"max_examples": 400}),
     "customer-baseline": Row("sentiment-shift", (A.MEZO_FL,), LONG, public="amazon_multi", private="customer_reviews"),
     "banking77-baseline": Row("missing-topics", (A.MEZO_FL,), LONG, public="banking77", private="banking77"),
     # The depth table: all six layers.
-    "six-layers": Row("sentiment-shift", (A.FEEDBACK, A.FEDAVG_BP), last_layers=None),
+    "six-layers": Row("sentiment-shift", (A.FEEDBACK, A.FEDAVG_BP), BROAD, last_layers=None),
     "six-layers-baseline": Row("sentiment-shift", (A.MEZO_FL,), LONG, last_layers=None),
 }
 

@@ -1,5 +1,6 @@
 """The command line: thin, no arithmetic."""
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import rich.console
 import typer
 
 from cooperllm import comparison, models, recipes, session
-from cooperllm.config import AdapterKind, ArmName, EngineName, OptimizerKind, Partition, RunConfig
+from cooperllm.config import AdapterKind, ArmName, EngineName, OptimizerKind, Partition, RunConfig, from_plain, to_plain
 from cooperllm.errors import ConfigError, CooperLLMError
 from cooperllm.progress import Progress
 from cooperllm.report import arms_table, verdict
@@ -59,13 +60,17 @@ TuneRounds = Annotated[int | None, typer.Option("--tune-rounds", help="Tune with
 Processes = Annotated[int, typer.Option("--processes", help="Runs at the same time, each with one thread.")]
 MemoryLimit = Annotated[float | None, typer.Option("--memory-limit-mib", help="Memory for all processes at their peaks.")]
 Clock = Annotated[str, typer.Option("--clock", help="Modelled device and link: forward_passes_per_s=5,latency_s=0.05,...")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting by its path in config.json: --set arm.local_steps=1 --set data.public.label_column=null"),
+]
 Queries = Annotated[int | None, typer.Option("--queries", help="Two-point queries per device and round.")]
 
 
 @app.command("run")
 def run_command(
     recipe: RecipeName = "demo",
-    arm: Annotated[ArmName, typer.Option("--arm", help="Method.")] = ArmName.MEASURED,
+    arm: Annotated[ArmName, typer.Option("--arm", help="Method.")] = ArmName.FEEDBACK,
     learning_rate: LearningRate = None,
     queries: Queries = None,
     rounds: Rounds = None,
@@ -91,12 +96,13 @@ def run_command(
     dirichlet_alpha: Alpha = None,
     engine: Engine = None,
     memory_mib: MemoryMib = None,
+    settings: Set = None,
     out: Out = None,
 ) -> None:
     """Train one arm and write a run directory with log, plots, report and adapter."""
     chosen = recipes.recipe(recipe, data_directory)
-    settings = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arm", "out", "data_directory"}}
-    config = _changed(chosen.with_arm(arm), settings)
+    options = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arm", "out", "data_directory"}}
+    config = _changed(chosen.with_arm(arm), options)
     directory = _directory(out, recipe)
     _show(lambda progress: session.run(config, directory, progress.observe), directory)
 
@@ -136,14 +142,15 @@ def compare_command(
     dirichlet_alpha: Alpha = None,
     engine: Engine = None,
     memory_mib: MemoryMib = None,
+    settings: Set = None,
     out: Out = None,
 ) -> None:
     """Train several arms on the same task, with the same budget, and report on all of them."""
     chosen = recipes.recipe(recipe, data_directory)
-    settings = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arms", "out", "data_directory"}}
+    options = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arms", "out", "data_directory"}}
     names = _arm_names(arms) or chosen.compared
     own_rounds = _rounds_of(rounds_of, names)
-    configs = [_changed(chosen.with_arm(name), settings | {"rounds": own_rounds.get(name, rounds)}) for name in names]
+    configs = [_changed(chosen.with_arm(name), options | {"rounds": own_rounds.get(name, rounds)}) for name in names]
     if seeds and seed is not None:
         raise ConfigError("--seeds: found --seed beside it, expected one of them")
     directory, speeds = _directory(out, f"{recipe}-compare"), clock_from(clock)
@@ -196,9 +203,9 @@ def main() -> None:
         raise SystemExit(1) from error
 
 
-def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+def _changed(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     """Applies the options that were given."""
-    given = {key: value for key, value in settings.items() if value is not None}
+    given = {key: value for key, value in options.items() if value is not None}
 
     def pick(**names: str) -> dict[str, Any]:
         return {field: given[option] for field, option in names.items() if option in given}
@@ -211,7 +218,7 @@ def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         num_devices="devices", num_edges="edges", devices_per_round="devices_per_round", batch_size="batch_size",
         partition="partition", partition_column="partition_column", dirichlet_alpha="dirichlet_alpha",
     )  # fmt: skip
-    return replace(
+    changed = replace(
         config,
         model=replace(config.model, **model),
         data=replace(
@@ -224,6 +231,25 @@ def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         arm=replace(config.arm, **pick(learning_rate="learning_rate", queries="queries")),
         **pick(num_rounds="rounds", seed="seed", engine="engine", memory_mib="memory_mib"),
     )
+    return _set(changed, given.get("settings", ()))
+
+
+def _set(config: RunConfig, settings: Sequence[str]) -> RunConfig:
+    """Applies PATH=VALUE; a value that is not JSON is text. Unknown paths and values outside their domain are refused as in a file."""
+    plain = to_plain(config)
+    for setting in settings:
+        path, _, text = setting.partition("=")
+        *parents, name = path.split(".")
+        place: Any = plain
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or not text:
+            raise ConfigError(f"--set: found {setting!r}, expected PATH=VALUE with a path of config.json, such as arm.local_steps=1")
+        try:
+            place[name] = json.loads(text)
+        except json.JSONDecodeError:
+            place[name] = text
+    return from_plain(plain, where="--set") if settings else config
 
 
 def _arm_names(text: str, option: str = "--arms") -> tuple[ArmName, ...]:

@@ -124,7 +124,7 @@ def export(directory: Path | str, target: Path | str, arm: str | None = None) ->
     if study is None:
         return session.export(path, target)
     names = [config.arm.name.value for config in study.configs]
-    chosen = arm or ("measured" if "measured" in names else names[0])
+    chosen = arm or ("feedback" if "feedback" in names else names[0])
     if chosen not in names:
         raise RunDirectoryError(f"{path}: no arm {arm!r}; expected one of {', '.join(names)}")
     rate = study.tuning(ArmName(chosen), scores(path, study)).best

@@ -459,7 +459,7 @@ def test_the_plugged_in_weight_is_the_best_one_for_a_known_gradient(cosine):
     mean_square = isotropic**2 + guide**2 * cosine**2  # E g(v)², |v|² = β² = 1 up to 1/√n
     mean_norm = cosine**2 + (isotropic**2 / largest) ** 2 * (1 - cosine**2)
     expected = optimal_weight((mean_square / largest**2 - mean_norm) / count, float(np.sum((public - private) ** 2)), 0.0)
-    config = ArmConfig(rectification=Rectification.OPTIMAL, blend=blend, queries=count)
+    config = ArmConfig(name=ArmName.PAPER, rectification=Rectification.OPTIMAL, blend=blend, queries=count)
     found = paper_step(config, orthonormalise([public], size), private.astype(np.float32), count, public=public).observed["weight"]
     # g(v)² and |∇f|² are known to √(2/P) = 4.5 %, and |v|² to 1/√n = 5 %: together a third, with a margin of three.
     assert found == pytest.approx(expected, rel=1 / 3)
@@ -508,7 +508,7 @@ def test_mezo_weighs_every_devices_estimate_by_its_examples():
 
 def test_decomfl_over_two_edges_is_one_group_with_the_mean_of_all_devices():
     """Devices of both edges probe the same directions: two terms with the same group would count them twice."""
-    decomfl, config = arm(ArmName.DECOMFL), ArmConfig(queries=2)
+    decomfl, config = arm(ArmName.DECOMFL), ArmConfig(name=ArmName.DECOMFL, queries=2)
     asked = plan(decomfl.probes(config, 0, 0))
     slopes = {0: [1, 2], 1: [3, -2], 2: [5, 0], 3: [-1, 4]}
     examples = {0: 1, 1: 2, 2: 3, 3: 2}
@@ -559,7 +559,7 @@ POOL = {"pool_seed": 77, "pool_size": 1 << 32}
 def fedkseed_step(private, count, groups=(0,), weights=None, **pool):
     """A round of the arm on exact slopes, and the step that replicas make of it."""
     method, size = arm(ArmName.FEDKSEED), len(private)
-    asked = plan(replace(method.probes(ArmConfig(queries=count), 0, 0), **POOL | pool))
+    asked = plan(replace(method.probes(ArmConfig(name=ArmName.FEDKSEED, queries=count), 0, 0), **POOL | pool))
 
     def members(group, _count, _size):
         return list(random_directions(SEED, group, asked.probes, [], size))
@@ -659,7 +659,7 @@ def test_the_largest_of_two_squares_is_known_in_closed_form(count, expected):
 
 
 def test_fwdllm_before_its_first_step_is_mezo():
-    nowhere, config = np.zeros((0, 6), np.float32), ArmConfig(queries=3)
+    nowhere, config = np.zeros((0, 6), np.float32), ArmConfig(name=ArmName.FWDLLM, queries=3)
     coordinates, _, _ = fwdllm_round(config, nowhere, on_a_linear_loss(gradient(6)), groups=(1, 5))
     reports = measured(nowhere, gradient(6), groups=(1, 5), num_random=3)
     mezo = PlainZerothOrder(Grouping.DEVICE).combine(config, plan(), public_of(nowhere), reports)

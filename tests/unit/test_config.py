@@ -102,7 +102,7 @@ AT_THE_EDGE = [
     (OptimizerConfig, {"momentum": 0.0, "square_decay": 0.0}),
     (
         ArmConfig,
-        {"queries": 1, "basis_size": 0, "public_weight": 1.0, "blend": 1.0, "effective_rank": 0.0, "guide_bits": 4, "estimate_bits": 4},
+        {"name": ArmName.MEZO_FL, "queries": 1, "basis_size": 0, "public_weight": 1.0, "blend": 1.0, "effective_rank": 0.0, "guide_bits": 4},
     ),
     (ArmConfig, {"basis_size": 1000, "map_examples": 8, "map_components": 1, "map_refresh": 1, "estimate_bits": 32}),
     (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 3, "feedback_blocks": 2, "local_steps": 1}),
@@ -133,7 +133,7 @@ def test_a_value_at_the_edge_of_its_domain_is_accepted(kind, values):
 
 
 def test_every_setting_has_a_default_inside_its_domain():
-    assert RunConfig().arm.name is ArmName.MEASURED
+    assert RunConfig().arm.name is ArmName.FEEDBACK
 
 
 def test_a_setting_is_checked_again_when_it_is_replaced():

@@ -67,7 +67,7 @@ def maker_of(labels, *, batch_size=64, pool_size=1):
 
 def cloud_of(labels, config=None, rounds=0, federation=None):
     """A cloud after some rounds of its own steps."""
-    run = RunConfig(arm=config or ArmConfig(), federation=federation or FederationConfig())
+    run = RunConfig(arm=config or MEASURED, federation=federation or FederationConfig())
     maker = maker_of(labels, pool_size=run.arm.pool_size)
     fitter = MapFitter(SoftmaxRegression(), public_of(labels), num_examples=8, num_components=1, bits=8, most_blocks=1)
     replica = replay.start(noise.gaussian(8, 0, SIZE), run.optimizer)
@@ -88,6 +88,7 @@ def outside(vector, rows):
     return np.linalg.norm(vector - wide.T @ (wide @ vector)) / np.linalg.norm(vector)
 
 
+MEASURED = ArmConfig(name=ArmName.MEASURED)
 EVERY_CLASS, ONE_CLASS = [0, 1, 2] * 14, [0] * 42
 THETA = noise.gaussian(8, 0, SIZE)
 
@@ -215,7 +216,7 @@ def test_every_round_has_a_fresh_basis_and_probes_mixed_from_it():
     ids=str,
 )
 def test_a_guide_holds_no_more_than_the_queries_can_measure(changes, num_columns, has_momentum, num_rows):
-    prepared = cloud_of(EVERY_CLASS, ArmConfig(**changes), rounds=2).plan()
+    prepared = cloud_of(EVERY_CLASS, replace(MEASURED, **changes), rounds=2).plan()
     guide = prepared.plan.guide
     assert (guide.num_columns, guide.has_momentum, len(prepared.public.basis)) == (num_columns, has_momentum, num_rows)
 
@@ -278,7 +279,7 @@ def answered(prepared):
 
 def test_a_cloud_that_lacks_a_class_sends_no_directions_and_has_no_vote():
     """They push the missing class's score down, round after round."""
-    whole, partial = (cloud_of(labels, ArmConfig(public_weight=0.5), rounds=2).plan().plan for labels in (EVERY_CLASS, ONE_CLASS))
+    whole, partial = (cloud_of(labels, replace(MEASURED, public_weight=0.5), rounds=2).plan().plan for labels in (EVERY_CLASS, ONE_CLASS))
     assert whole.guide is not None
     assert whole.guide.num_columns == 1
     assert partial.guide is None

@@ -15,7 +15,7 @@ import pytest
 import sample_messages
 
 from cooperllm.algorithm.compression import pack_vector
-from cooperllm.config import ArmConfig, RunConfig
+from cooperllm.config import ArmConfig, ArmName, RunConfig
 from cooperllm.errors import RunDirectoryError
 from cooperllm.link.codec import encode
 from cooperllm.messages import FORMAT_VERSION, Maps, Snapshot
@@ -75,7 +75,7 @@ def versions(updates):
 
 
 def test_a_new_run_has_its_settings_and_an_empty_log(tmp_path):
-    config = RunConfig(seed=5, arm=ArmConfig(queries=3, basis_size=1))
+    config = RunConfig(seed=5, arm=ArmConfig(name=ArmName.MEASURED, queries=3, basis_size=1))
     directory = RunDirectory.create(tmp_path / "a" / "b", config)
     assert directory.config() == config
     assert directory.updates() == directory.repair() == []

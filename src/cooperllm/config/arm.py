@@ -67,8 +67,8 @@ class ArmConfig:
         local_learning_rate: Feedback arm and FedAvg: size of those steps, > 0.
     """
 
-    name: ArmName = ArmName.MEASURED
-    learning_rate: float = 0.03
+    name: ArmName = ArmName.FEEDBACK
+    learning_rate: float = 0.04
     queries: int = 5
     column_scale: float = 0.03
     random_scale: float = 1e-3

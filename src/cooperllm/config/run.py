@@ -102,7 +102,7 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
 
     Example:
         >>> to_plain(RunConfig())["arm"]["name"]
-        'measured'
+        'feedback'
     """
     return msgspec.to_builtins(config)
 
