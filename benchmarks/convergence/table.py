@@ -15,8 +15,8 @@ from cooperllm.session import rounds_to
 from cooperllm.study import mean_of_last
 
 UNGUIDED = {
-    "sst2": "sentiment-shift-baselines",
-    "ag_news": "missing-topics-baselines",
+    "sst2": "sentiment-shift-baseline",
+    "ag_news": "missing-topics-baseline",
     "customer_reviews": "customer-baseline",
     "banking77": "banking77-baseline",
 }
