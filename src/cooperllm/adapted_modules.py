@@ -10,7 +10,7 @@ Dimension key: B examples, T tokens, H and D size of a module's input and output
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -111,20 +111,19 @@ class AdaptedModules:
             delta: Gives the loss's gradient [B, T, D] at the output of a module from (its number, its input, its output).
             take: Gets that module's part of the gradient, shape [n], 0 outside of it.
         """
+
+        def pull(number: int, given: list[Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with torch.enable_grad():
+                result = forward(*args, **kwargs)
+                output = _first(result)
+                (part,) = torch.autograd.grad(output, theta, delta(number, given.pop(), output.detach()))
+            take(part)
+            return tuple(map(_detached, result)) if isinstance(result, tuple) else result.detach()
+
         with ExitStack() as changes:
             for number, module in enumerate(self.modules):
                 given = changes.enter_context(self._input_of(module))
-                submodule = self._network.get_submodule(module.name)
-
-                def pull(forward: Callable[..., Any], *args: Any, number: int = number, given: list[Tensor] = given, **kwargs: Any) -> Any:
-                    with torch.enable_grad():
-                        result = forward(*args, **kwargs)
-                        output = _first(result)
-                        (part,) = torch.autograd.grad(output, theta, delta(number, given.pop(), output.detach()))
-                    take(part)
-                    return tuple(map(_detached, result)) if isinstance(result, tuple) else result.detach()
-
-                changes.enter_context(_forward_wrapped(submodule, pull))
+                changes.enter_context(_forward_wrapped(self._network.get_submodule(module.name), partial(pull, number, given)))
             yield
 
     @contextmanager
@@ -176,10 +175,7 @@ def _forward_wrapped(module: nn.Module, around: Callable[..., Any]) -> Generator
     """Within it, calls of a module go through `around`, which gets the module's own forward function first."""
     own, was_replaced = module.forward, "forward" in module.__dict__
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return around(own, *args, **kwargs)
-
-    module.forward = forward
+    module.forward = partial(around, own)
     try:
         yield
     finally:
