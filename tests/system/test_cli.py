@@ -23,7 +23,7 @@ def typed(monkeypatch, capsys, *words):
 def test_a_run_prints_a_table_a_verdict_and_where_the_report_is(monkeypatch, capsys, tmp_path):
     status, text = typed(monkeypatch, capsys, "run", "tiny", *TINY, "--out", "first")
     assert status == 0
-    assert "measured ends at" in text
+    assert "feedback ends at" in text
     assert f"report: {tmp_path / 'first' / 'report.html'}" in text
     assert json.loads((tmp_path / "first" / "config.json").read_text())["num_rounds"] == 2
 
@@ -61,6 +61,14 @@ def test_options_change_the_settings(monkeypatch, capsys, tmp_path):
     assert [federation[key] for key in ("num_devices", "num_edges", "devices_per_round", "batch_size", "partition")] == [8, 4, 2, 3, "iid"]
 
 
+def test_any_setting_can_be_set_by_its_path(monkeypatch, capsys, tmp_path):
+    settings = ["arm.local_steps=1", "federation.label_adjustment=0", "data.public.label_column=null", "data.public.name=generated"]
+    status, _ = typed(monkeypatch, capsys, "run", "tiny", *TINY, *[word for pair in settings for word in ("--set", pair)], "--out", "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert (status, config["arm"]["local_steps"], config["federation"]["label_adjustment"]) == (0, 1, 0)
+    assert config["data"]["public"]["label_column"] is None
+
+
 def test_recipes_are_listed_with_a_sentence_each(monkeypatch, capsys):
     _, text = typed(monkeypatch, capsys, "recipes")
     for name in recipes.RECIPES:
@@ -89,6 +97,10 @@ def test_every_option_has_a_help_text(monkeypatch, capsys, command):
         (("compare", "tiny", "--seeds", "0,one"), "--seeds: found '0,one', expected whole numbers"),
         (("compare", "tiny", "--seeds", "0,1", "--seed", "2"), "--seeds: found --seed beside it, expected one of them"),
         (("compare", "tiny", "--tune-rounds", "5"), "tune_rounds: found 5, expected >= 1, together with tuning (--tune)"),
+        (("run", "tiny", "--set", "arm.local_step=1"), "arm.local_step found, which is no setting"),
+        (("run", "tiny", "--set", "nowhere.at.all=1"), "--set: found 'nowhere.at.all=1', expected PATH=VALUE"),
+        (("run", "tiny", "--set", "arm.local_steps=9"), "arm.queries: found 5, expected >= 11: one for the estimate of each local step"),
+        (("run", "tiny", "--arm", "paper", "--public", "none"), "paper back-propagates on labelled public text"),
         (("resume", "nowhere"), "nowhere is not a run directory"),
         (("export", "nowhere", "adapter"), "nowhere is not a run directory"),
     ],

@@ -111,7 +111,7 @@ class ArmConfig:
             self.name is not ArmName.FEEDBACK or self.queries >= needs,
             "arm.queries",
             self.queries,
-            f">= {needs}: one for the estimate of each local step and one per block",
+            f">= {needs}: one for the estimate of each local step and one per block (arm.local_steps, arm.feedback_blocks)",
         )
         check(self.seed_pool_size <= 1 << 32, "arm.seed_pool_size", self.seed_pool_size, "<= 2**32")
         check(self.most_held_rounds >= 0, "arm.most_held_rounds", self.most_held_rounds, ">= 0")
