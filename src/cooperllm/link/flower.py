@@ -49,7 +49,7 @@ Drive = Callable[[Link], None]
 """The run itself: everything above the link."""
 
 IDENTIFY, PROBE = "query.identify", "train.probe"
-POLL_S, START_TIMEOUT_S = 0.02, 180.0
+POLL_S, START_TIMEOUT_S = 0.02, 600.0
 _log = logging.getLogger(__name__)
 _built: dict[str, Devices] = {}
 
