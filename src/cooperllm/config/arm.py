@@ -68,7 +68,7 @@ class ArmConfig:
     """
 
     name: ArmName = ArmName.FEEDBACK
-    learning_rate: float = 0.04
+    learning_rate: float = 0.03
     queries: int = 5
     column_scale: float = 0.03
     random_scale: float = 1e-3
