@@ -192,7 +192,8 @@ class Model:
             token_ids = [self._prompt_ids(text, other) for text, other in zip(texts, second_texts or texts, strict=True)]
         else:
             pairs = {} if second_texts is None else {"text_pair": list(second_texts)}
-            token_ids = self._tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens, **pairs)["input_ids"]
+            cut = pairs | {"truncation": True, "max_length": self.config.max_tokens}
+            token_ids = self._tokenizer(list(texts), **cut)["input_ids"] if texts else []  # some tokenisers fail at no texts
         return Examples(token_ids=[np.array(ids, np.int64) for ids in token_ids], labels=np.array(labels, np.int64))
 
     def batch(self, examples: Examples, indices: Sequence[int]) -> Batch:

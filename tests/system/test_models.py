@@ -36,6 +36,12 @@ def scores(model, theta):
         return model.scores(theta, model.batch(examples, range(len(TEXTS))))
 
 
+@pytest.mark.parametrize("config", [ModelConfig(), WORDS], ids=["minilm", "label words"])
+def test_no_texts_are_no_examples(config):
+    examples = models.load(config, 2).encode([], None, [])
+    assert (len(examples), examples.labels.shape) == (0, (0,))
+
+
 def test_the_default_model_trains_lora_on_query_and_value_of_its_last_two_layers_and_a_head():
     layout = models.load(ModelConfig(), 2).layout
     # two layers x (query, value) x (8 x 384 + 384 x 8) + head 2 x 384 + 2

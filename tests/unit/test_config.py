@@ -102,9 +102,9 @@ AT_THE_EDGE = [
     (OptimizerConfig, {"momentum": 0.0, "square_decay": 0.0}),
     (
         ArmConfig,
-        {"name": ArmName.MEZO_FL, "queries": 1, "basis_size": 0, "public_weight": 1.0, "blend": 1.0, "effective_rank": 0.0, "guide_bits": 4},
+        {"name": ArmName.MEZO_FL, "queries": 1, "basis_size": 0, "public_weight": 1.0, "blend": 1.0, "effective_rank": 0.0},
     ),
-    (ArmConfig, {"basis_size": 1000, "map_examples": 8, "map_components": 1, "map_refresh": 1, "estimate_bits": 32}),
+    (ArmConfig, {"basis_size": 1000, "map_examples": 8, "map_components": 1, "map_refresh": 1, "guide_bits": 4, "estimate_bits": 4}),
     (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 3, "feedback_blocks": 2, "local_steps": 1}),
     (ArmConfig, {"name": ArmName.MEASURED, "queries": 2, "feedback_blocks": 2}),
     (ArmConfig, {"seed_pool_size": 1 << 32, "candidates": 1, "most_held_rounds": 0, "warm_start_rounds": 1}),
