@@ -120,7 +120,7 @@ def combined(config, public, reports):
     """A round of the default arm, its step sent without loss but for the rounding of a quotient and a product."""
     num_random = len(reports.random_slopes[0].slopes) if reports.random_slopes else 0
     num_columns = len(public.span)
-    config = replace(config, estimate_bits=32, queries=max(1, num_columns + num_random))
+    config = replace(config, name=ArmName.MEASURED, estimate_bits=32, queries=max(1, num_columns + num_random))
     probes = MeasuredArm().probes(config, num_columns, len(public.basis))
     return MeasuredArm().combine(config, plan(probes), public, reports)
 
@@ -607,7 +607,7 @@ def test_fedkseed_with_two_seeds_never_leaves_the_plane_of_two_directions():
 # FwdLLM
 
 MOMENTUM = orthonormalise([noise.gaussian(400, 0, 6)], 6)
-NEVER_WAITS = ArmConfig(most_held_rounds=0)
+NEVER_WAITS = ArmConfig(name=ArmName.FWDLLM, most_held_rounds=0)
 
 
 def fwdllm_round(config, span, reports_of, groups, held=(), seed=SEED):
