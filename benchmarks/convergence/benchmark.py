@@ -22,7 +22,7 @@ from cooperllm.progress import Progress
 from cooperllm.report import arms_table, verdict
 
 A = ArmName
-CORE = BREADTH = (A.FEEDBACK, A.FEDAVG_BP, A.CLOUD_ONLY)
+CORE = (A.FEEDBACK, A.FEDAVG_BP, A.CLOUD_ONLY)
 OTHERS = (A.MEASURED, A.PAPER, A.DECOMFL, A.FEDKSEED, A.FWDLLM, A.WARM_START)
 LABEL_FREE = (A.FEEDBACK,)
 BROAD, SHORT, LONG = 40, 60, 200
@@ -82,9 +82,9 @@ ROWS = {
     "sentiment-shift-others": Row("sentiment-shift", OTHERS),
     "missing-topics-others": Row("missing-topics", OTHERS),
     # The breadth table. Its private sets are those of the core table and two more, whose unguided baseline is below.
-    "matched": Row("missing-topics", BREADTH, BROAD, public="ag_news", source={"max_examples": 400}),
-    "imdb-sst2": Row("sentiment-shift", BREADTH, BROAD, public="imdb"),
-    "amazon-customer": Row("sentiment-shift", BREADTH, BROAD, public="amazon_multi", private="customer_reviews"),
+    "matched": Row("missing-topics", CORE, BROAD, public="ag_news", source={"max_examples": 400}),
+    "imdb-sst2": Row("sentiment-shift", CORE, BROAD, public="imdb"),
+    "amazon-customer": Row("sentiment-shift", CORE, BROAD, public="amazon_multi", private="customer_reviews"),
     "label-noise": Row(
         "missing-topics", (A.FEEDBACK, A.CLOUD_ONLY), BROAD, public="ag_news", source={"max_examples": 400, "label_noise": 0.4}
     ),
@@ -95,7 +95,7 @@ ROWS = {
     "unrelated-amazon-news": Row("missing-topics", LABEL_FREE, BROAD, public="amazon_multi", source=UNLABELLED),
     "no-public-sst2": Row("sentiment-shift", LABEL_FREE, BROAD, public=NO_TEXT),
     "no-public-news": Row("missing-topics", LABEL_FREE, BROAD, public=NO_TEXT),
-    "banking77": Row("missing-topics", BREADTH, BROAD, public="banking77", private="banking77", source={"max_examples": 400}),
+    "banking77": Row("missing-topics", CORE, BROAD, public="banking77", private="banking77", source={"max_examples": 400}),
     "customer-baseline": Row("sentiment-shift", (A.MEZO_FL,), LONG, public="amazon_multi", private="customer_reviews"),
     "banking77-baseline": Row("missing-topics", (A.MEZO_FL,), LONG, public="banking77", private="banking77"),
     # The depth table: all six layers.

@@ -9,7 +9,8 @@ References:
 """
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import layer_stack
+from cooperllm.wrapped_forward import forward_wrapped
 
 
 class _Bare(nn.Module):
@@ -50,24 +52,17 @@ def checkpointed(network: nn.Module) -> Generator[None]:
     if found is None:
         raise ConfigError("arm.name: fedavg-bp-checkpointed needs a model whose layers stand in one list; choose --arm fedavg-bp")
     layers: Any = found[1]
-    for layer in layers:
-        layer.forward = _remembering(layer)
-    try:
-        yield
-    finally:
+    with ExitStack() as changes:
         for layer in layers:
-            del layer.forward
+            changes.enter_context(forward_wrapped(layer, partial(_remembering, layer)))
+        yield
 
 
-def _remembering(layer: nn.Module) -> Callable[..., Any]:
-    bare = _Bare(layer, layer.forward)
+def _remembering(layer: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    bare = _Bare(layer, own)
+    tensors: dict[str, Tensor] = {f"layer.{name}": tensor for name, tensor in layer.named_parameters()}
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        tensors: dict[str, Tensor] = {f"layer.{name}": tensor for name, tensor in layer.named_parameters()}
+    def run(*given: Any) -> Any:
+        return functional_call(bare, tensors, given, kwargs)
 
-        def run(*given: Any) -> Any:
-            return functional_call(bare, tensors, given, kwargs)
-
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
-
-    return forward
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)

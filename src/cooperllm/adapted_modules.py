@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cooperllm.wrapped_forward import forward_wrapped
+
 Visit = Callable[[int, Tensor, Tensor], None]
 """Called with (number of the module, its input [B, T, H], its output [B, T, D]) in the order of the forward pass."""
 
@@ -99,7 +101,7 @@ class AdaptedModules:
             for number, module in enumerate(self.modules):
                 given = hooks.enter_context(self._input_of(module))
                 hook = _handing_over(visit, number, given)
-                hooks.callback(self._network.get_submodule(module.name).register_forward_hook(hook).remove)
+                hooks.enter_context(self._network.get_submodule(module.name).register_forward_hook(hook))
             yield
 
     @contextmanager
@@ -123,7 +125,7 @@ class AdaptedModules:
         with ExitStack() as changes:
             for number, module in enumerate(self.modules):
                 given = changes.enter_context(self._input_of(module))
-                changes.enter_context(_forward_wrapped(self._network.get_submodule(module.name), partial(pull, number, given)))
+                changes.enter_context(forward_wrapped(self._network.get_submodule(module.name), partial(pull, number, given)))
             yield
 
     @contextmanager
@@ -132,22 +134,16 @@ class AdaptedModules:
         if self.head is None:
             yield
             return
-        handle = self._network.get_submodule(HEAD).register_forward_hook(lambda _module, args, _output: visit(args[0]))
-        try:
+        with self._network.get_submodule(HEAD).register_forward_hook(lambda _module, args, _output: visit(args[0])):
             yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def _input_of(self, module: AdaptedModule) -> Generator[list[Tensor]]:
         """A list whose last entry is the module's newest input."""
         given: list[Tensor] = []
         layer = self._network.get_submodule(module.layer)
-        handle = layer.register_forward_pre_hook(lambda _layer, args: given.append(args[0].detach()))
-        try:
+        with layer.register_forward_pre_hook(lambda _layer, args: given.append(args[0].detach())):
             yield given
-        finally:
-            handle.remove()
 
 
 def _parents(ranges: Mapping[str, tuple[int, int]]) -> tuple[AdaptedModule, ...]:
@@ -168,21 +164,6 @@ def _handing_over(visit: Visit, number: int, given: list[Tensor]) -> Callable[[n
         visit(number, given.pop(), _first(result))
 
     return hook
-
-
-@contextmanager
-def _forward_wrapped(module: nn.Module, around: Callable[..., Any]) -> Generator[None]:
-    """Within it, calls of a module go through `around`, which gets the module's own forward function first."""
-    own, was_replaced = module.forward, "forward" in module.__dict__
-
-    module.forward = partial(around, own)
-    try:
-        yield
-    finally:
-        if was_replaced:
-            module.forward = own
-        else:
-            del module.forward
 
 
 def _first(result: Any) -> Tensor:

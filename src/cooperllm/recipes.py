@@ -2,7 +2,7 @@
 
 The default arm has the same rate, .03, everywhere: it was chosen once and holds on every task of the benchmark.
 
-The arms `fedkseed`, `fwdllm` and `warm-start` have that of `mezo-fl` until a search on validation has found theirs.
+The arms `decomfl`, `fedkseed`, `fwdllm` and `warm-start` have that of `mezo-fl` until a search on validation has found theirs.
 
 Take one, change fields with `dataclasses.replace`, and run it.
 """
@@ -46,10 +46,7 @@ class Recipe:
 
 def demo(_data_directory: str = "") -> Recipe:
     """Reviews written by the embedded generator: the cloud has cameras, phones and kitchens, the devices films, books, hotels and more."""
-    arms = _arms(
-        feedback=0.03, measured=0.05, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, fedkseed=2e-3, fwdllm=2e-3, warm_start=2e-3, cloud_only=0.03,
-        fedavg_bp=0.03,
-    )  # fmt: skip
+    arms = _arms(feedback=0.03, measured=0.05, paper=0.1, unguided=2e-3, cloud_only=0.03, fedavg_bp=0.03)
     # The same words praise a camera and damn a hotel here: the cloud's own gradient gets no say beside what the devices measure.
     arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], public_weight=0.0)
     config = RunConfig(
@@ -60,10 +57,7 @@ def demo(_data_directory: str = "") -> Recipe:
 
 def sentiment_shift(data_directory: str = "data") -> Recipe:
     """Product reviews at the cloud (customer_reviews), film sentences on the devices (sst2): a shift of domain."""
-    arms = _arms(
-        feedback=0.03, measured=0.12, paper=0.1, mezo_fl=2e-3, decomfl=2e-3, fedkseed=2e-3, fwdllm=2e-3, warm_start=2e-3, cloud_only=0.06,
-        fedavg_bp=0.04,
-    )  # fmt: skip
+    arms = _arms(feedback=0.03, measured=0.12, paper=0.1, unguided=2e-3, cloud_only=0.06, fedavg_bp=0.04)
     # Probes mixed from a basis take in the noise of unlike devices (two classes, Dirichlet 0.5); isotropic ones, lightly weighed, hardly.
     arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], basis_size=0, effective_rank=4000.0)
     data = DataConfig(public=SourceConfig(name=f"{data_directory}/customer_reviews"), private=SourceConfig(name=f"{data_directory}/sst2"))
@@ -73,10 +67,7 @@ def sentiment_shift(data_directory: str = "data") -> Recipe:
 
 def missing_topics(data_directory: str = "data") -> Recipe:
     """News topics (ag_news) of which the cloud has seen two of four: missing classes."""
-    arms = _arms(
-        feedback=0.03, measured=0.08, paper=0.1, mezo_fl=1e-3, decomfl=1e-3, fedkseed=1e-3, fwdllm=1e-3, warm_start=1e-3, cloud_only=0.01,
-        fedavg_bp=0.04,
-    )  # fmt: skip
+    arms = _arms(feedback=0.03, measured=0.08, paper=0.1, unguided=1e-3, cloud_only=0.01, fedavg_bp=0.04)
     source = SourceConfig(name=f"{data_directory}/ag_news")
     public = replace(source, keep_labels=("0", "1"), max_examples=400)
     config = RunConfig(recipe="missing-topics", data=DataConfig(public=public, private=source), num_rounds=60, arm=arms[ArmName.FEEDBACK])
@@ -85,10 +76,7 @@ def missing_topics(data_directory: str = "data") -> Recipe:
 
 def tiny(_data_directory: str = "") -> Recipe:
     """A two-layer Llama of random weights with label words: it learns little, in seconds, and is for trying things out."""
-    arms = _arms(
-        feedback=0.03, measured=0.03, paper=0.03, mezo_fl=1e-3, decomfl=1e-3, fedkseed=1e-3, fwdllm=1e-3, warm_start=1e-3, cloud_only=0.03,
-        fedavg_bp=0.03,
-    )  # fmt: skip
+    arms = _arms(feedback=0.03, measured=0.03, paper=0.03, unguided=1e-3, cloud_only=0.03, fedavg_bp=0.03)
     arms[ArmName.WARM_START] = replace(arms[ArmName.WARM_START], warm_start_rounds=2)
     model = ModelConfig(
         name="tiny-llama",
@@ -140,27 +128,18 @@ def recipe(name: str, data_directory: str = "data") -> Recipe:
 
 
 def _arms(
-    *,
-    feedback: float,
-    measured: float,
-    paper: float,
-    mezo_fl: float,
-    decomfl: float,
-    fedkseed: float,
-    fwdllm: float,
-    warm_start: float,
-    cloud_only: float,
-    fedavg_bp: float,
+    *, feedback: float, measured: float, paper: float, unguided: float, cloud_only: float, fedavg_bp: float
 ) -> dict[ArmName, ArmConfig]:
+    """Gives every arm its rate; those that step along random directions share one."""
     rates = {
         ArmName.FEEDBACK: feedback,
         ArmName.MEASURED: measured,
         ArmName.PAPER: paper,
-        ArmName.MEZO_FL: mezo_fl,
-        ArmName.DECOMFL: decomfl,
-        ArmName.FEDKSEED: fedkseed,
-        ArmName.FWDLLM: fwdllm,
-        ArmName.WARM_START: warm_start,
+        ArmName.MEZO_FL: unguided,
+        ArmName.DECOMFL: unguided,
+        ArmName.FEDKSEED: unguided,
+        ArmName.FWDLLM: unguided,
+        ArmName.WARM_START: unguided,
         ArmName.CLOUD_ONLY: cloud_only,
         ArmName.FEDAVG_BP: fedavg_bp,
         ArmName.FEDAVG_BP_CHECKPOINTED: fedavg_bp,

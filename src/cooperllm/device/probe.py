@@ -146,8 +146,7 @@ def _estimate(
     order: Order, asked: Feedback, replica: Replica, runtime: Runtime, maps: Maps | None
 ) -> tuple[Float32[np.ndarray, "n"], Float32[np.ndarray, "n"], int]:
     """Estimates along a walk of local steps, `algorithm.feedback_arm`, eq. (1): the mean, the first one, and the examples behind it."""
-    point, estimates = replica.theta, list[np.ndarray]()
-    batches = [choose_batch(order.plan, order.device_id, runtime.num_examples, step) for step in range(asked.num_steps)]
+    point, estimates, batches = replica.theta, list[np.ndarray](), _batches(order, runtime, asked.num_steps)
     for batch in batches:
         estimates.append(runtime.estimate(point, batch, maps))
         point = point - np.float32(asked.step_size) * estimates[-1]
@@ -191,6 +190,11 @@ def _probe(
 
 
 def _train(order: Order, task: LocalTraining, replica: Replica, runtime: Runtime, trainer: Trainer) -> tuple[Float32[np.ndarray, "n"], int]:
-    batches = [choose_batch(order.plan, order.device_id, runtime.num_examples, step) for step in range(task.num_steps)]
+    batches = _batches(order, runtime, task.num_steps)
     after = trainer.train(replica.theta, batches, task.learning_rate, checkpoints_activations=task.checkpoints_activations)
     return (replica.theta - after) / np.float32(task.learning_rate * task.num_steps), sum(map(len, batches))
+
+
+def _batches(order: Order, runtime: Runtime, num_steps: int) -> list[list[int]]:
+    """One batch for each local step."""
+    return [choose_batch(order.plan, order.device_id, runtime.num_examples, step) for step in range(num_steps)]
