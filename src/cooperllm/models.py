@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from cooperllm.activation_checkpointing import checkpointed
 from cooperllm.adapted_modules import AdaptedModules
 from cooperllm.algorithm import noise
+from cooperllm.classifiers import classifier_for
 from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import FrozenPrefix, original_layers
@@ -103,37 +104,6 @@ class Batch:
     mask: Tensor
     labels: Tensor
     states: Tensor | None
-
-
-class PooledClassifier(nn.Module):
-    """A backbone, the mean of its last hidden states, and a linear layer: what sentence encoders are made for."""
-
-    def __init__(self, backbone: nn.Module, hidden_size: int, num_classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.classifier = nn.Linear(hidden_size, num_classes)
-
-    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """Returns scores [B, C] in float32."""
-        hidden = self.backbone(input_ids=token_ids, attention_mask=mask).last_hidden_state
-        weights = mask[..., None].to(hidden.dtype)
-        pooled = (hidden * weights).sum(1) / weights.sum(1)
-        return self.classifier(pooled.float())
-
-
-class LabelWords(nn.Module):
-    """A causal language model whose next-token scores of one word per class, after a prompt, are the class scores."""
-
-    def __init__(self, backbone: nn.Module, word_ids: Sequence[int]) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.register_buffer("word_ids", torch.tensor(word_ids), persistent=False)
-
-    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """Returns scores [B, C] in float32."""
-        scores = self.backbone(input_ids=token_ids, attention_mask=mask, use_cache=False).logits
-        last = mask.sum(1) - 1
-        return scores[torch.arange(len(last)), last][:, self.word_ids].float()
 
 
 class Model:
@@ -313,16 +283,11 @@ def load(config: ModelConfig, num_classes: int) -> Model:
     """
     if num_classes < 2:
         raise ConfigError(f"labels: found {num_classes} classes, expected at least 2")
-    causal = config.objective is Objective.LABEL_WORDS
     with torch.random.fork_rng(devices=[]):  # PyTorch and PEFT draw initial values, which θ_0 replaces
-        backbone, tokenizer = _pretrained(config.name, causal=causal)
+        backbone, tokenizer = _pretrained(config.name, causal=config.objective is Objective.LABEL_WORDS)
         backbone.requires_grad_(config.adapter is AdapterKind.FULL)
-        network = _adapted(backbone, config)
-        if not causal:
-            return Model(config, PooledClassifier(network, backbone.config.hidden_size, num_classes), tokenizer, num_classes)
-    if len(config.label_words) != num_classes:
-        raise ConfigError(f"model.label_words: found {config.label_words}, expected {num_classes} words, one per class")
-    return Model(config, LabelWords(network, _word_ids(tokenizer, config.label_words)), tokenizer, num_classes)
+        classifier = classifier_for(config, backbone, tokenizer, num_classes)
+        return Model(config, classifier(_adapted(backbone, config)), tokenizer, num_classes)
 
 
 def _pretrained(name: str, *, causal: bool) -> tuple[Any, Any]:
@@ -408,13 +373,3 @@ def _adapted(backbone: Any, config: ModelConfig) -> nn.Module:
             f"model.target_modules: found {list(config.target_modules)}, expected names of linear layers of {config.name!r}, "
             f"which has {linear}"
         ) from error
-
-
-def _word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """The first token of each label word as it follows a prompt, that is, after a space."""
-    ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
-    space = tokenizer(" ", add_special_tokens=False)["input_ids"]
-    first = [row[len(space)] if row[: len(space)] == space and len(row) > len(space) else row[0] for row in ids]
-    if len(set(first)) != len(words):
-        raise ConfigError(f"model.label_words: {list(words)} begin with the same token; choose words that differ from their first token on")
-    return first
