@@ -2,6 +2,9 @@
 
 The names matter elsewhere: `backbone` is what adapters are attached to and saved from, `classifier` a head that is trained.
 
+References:
+    Reimers and Gurevych, 2019, Sentence-BERT: sentence embeddings using Siamese BERT-networks, arXiv:1908.10084.
+
 Dimension key: B examples, T tokens, H hidden size, C classes.
 """
 
@@ -15,6 +18,9 @@ from torch import Tensor, nn
 from cooperllm.config import ModelConfig, Objective
 from cooperllm.errors import ConfigError
 
+SCALE = 20.0
+"""Of cosines as scores: what sentence encoders are trained with, the default of MultipleNegativesRankingLoss in sentence-transformers."""
+
 
 class PooledClassifier(nn.Module):
     """A backbone, the mean of its last hidden states, and a linear layer: what sentence encoders are made for."""
@@ -26,10 +32,7 @@ class PooledClassifier(nn.Module):
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Returns scores [B, C] in float32."""
-        hidden = self.backbone(input_ids=token_ids, attention_mask=mask).last_hidden_state
-        weights = mask[..., None].to(hidden.dtype)
-        pooled = (hidden * weights).sum(1) / weights.sum(1)
-        return self.classifier(pooled.float())
+        return self.classifier(_mean_state(self.backbone, token_ids, mask))
 
 
 class LabelWords(nn.Module):
@@ -47,11 +50,31 @@ class LabelWords(nn.Module):
         return scores[torch.arange(len(last)), last][:, self.word_ids].float()
 
 
+class LabelTexts(nn.Module):
+    """A backbone whose mean last hidden state is compared with that of one text per class; nothing of it is a head that could be trained.
+
+    Attributes:
+        label_embeddings: Mean last hidden states of the classes' texts under the pretrained backbone, as unit rows [C, H]; fixed.
+    """
+
+    label_embeddings: Tensor
+
+    def __init__(self, backbone: nn.Module, label_embeddings: Tensor) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("label_embeddings", label_embeddings, persistent=False)
+
+    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns scores [B, C] in float32: `SCALE` times cosines."""
+        pooled = _mean_state(self.backbone, token_ids, mask)
+        return SCALE * nn.functional.normalize(pooled, dim=1) @ self.label_embeddings.T
+
+
 def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_classes: int) -> Callable[[nn.Module], nn.Module]:
     """Chooses what reads scores off a backbone; everything that it needs to know is taken from the backbone as it was pretrained.
 
     Args:
-        config: Objective and label words.
+        config: Objective, and the words or texts of the classes.
         backbone: The pretrained model, before an adapter is attached.
         tokenizer: Its tokeniser.
         num_classes: C >= 2.
@@ -60,7 +83,7 @@ def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_class
         What makes a classifier of the backbone, with or without an adapter.
 
     Raises:
-        ConfigError: If the label words are not one per class, or cannot be told apart.
+        ConfigError: If the words or texts are not one per class, or cannot be told apart.
 
     Example:
         >>> from cooperllm.models import tiny_llama
@@ -73,7 +96,29 @@ def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_class
         return partial(PooledClassifier, hidden_size=backbone.config.hidden_size, num_classes=num_classes)
     if len(config.label_words) != num_classes:
         raise ConfigError(f"model.label_words: found {config.label_words}, expected {num_classes} words, one per class")
+    if config.objective is Objective.LABEL_TEXTS:
+        return partial(LabelTexts, label_embeddings=_label_embeddings(config, backbone, tokenizer))
     return partial(LabelWords, word_ids=_word_ids(tokenizer, config.label_words))
+
+
+def _mean_state(backbone: nn.Module, token_ids: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the last hidden states [B, H] in float32."""
+    hidden = backbone(input_ids=token_ids, attention_mask=mask).last_hidden_state
+    weights = mask[..., None].to(hidden.dtype)
+    return ((hidden * weights).sum(1) / weights.sum(1)).float()
+
+
+def _label_embeddings(config: ModelConfig, backbone: nn.Module, tokenizer: Any) -> Tensor:
+    """One unit row per class; each text goes through the backbone alone, so that no row depends on the others."""
+    rows: list[list[int]] = tokenizer(list(config.label_words), truncation=True, max_length=config.max_tokens)["input_ids"]
+    if len({tuple(row) for row in rows}) != len(rows):
+        raise ConfigError(
+            f"model.label_words: found {config.label_words}, expected texts that differ within their first {config.max_tokens} tokens: "
+            "two of these are the same to the model; say what sets these classes apart"
+        )
+    with torch.no_grad():
+        states = [_mean_state(backbone, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)) for row in rows]
+        return nn.functional.normalize(torch.cat(states), dim=1)
 
 
 def _word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cooperllm.activation_checkpointing import checkpointed
 from cooperllm.adapted_modules import AdaptedModules
 from cooperllm.algorithm import noise
-from cooperllm.classifiers import classifier_for
+from cooperllm.classifiers import LabelTexts, classifier_for
 from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import FrozenPrefix, original_layers
@@ -222,6 +222,9 @@ class Model:
 
         A head goes to `classifier.safetensors` beside it; a fully trained model is written as an ordinary model directory.
 
+        For label texts `label_embeddings.safetensors` holds one unit row [H] per class, `weight` [C, H]: a class's score is 20 times
+        the cosine between its row and the mean last hidden state of a text.
+
         Args:
             theta: Parameters to save.
             directory: Created where missing.
@@ -240,6 +243,8 @@ class Model:
         head = {name.removeprefix("classifier."): view.clone() for name, view in views.items() if name.startswith("classifier.")}
         if head:
             save_file(head, directory / "classifier.safetensors")
+        if isinstance(self._network, LabelTexts):
+            save_file({"weight": self._network.label_embeddings}, directory / "label_embeddings.safetensors")
         self._tokenizer.save_pretrained(directory)
         (directory / "labels.json").write_text(json.dumps(list(label_names)) + "\n", encoding="utf8")
 

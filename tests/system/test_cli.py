@@ -69,6 +69,15 @@ def test_any_setting_can_be_set_by_its_path(monkeypatch, capsys, tmp_path):
     assert config["data"]["public"]["label_column"] is None
 
 
+def test_label_texts_can_be_chosen_for_any_recipe(monkeypatch, capsys, tmp_path):
+    settings = ["model.objective=label-texts", 'model.label_words=["a bad film","a great film, all in all"]']
+    status, text = typed(monkeypatch, capsys, "run", "tiny", *TINY, *[word for pair in settings for word in ("--set", pair)], "--out", "x")
+    model = json.loads((tmp_path / "x" / "config.json").read_text())["model"]
+    assert status == 0, text
+    assert (model["objective"], model["label_words"]) == ("label-texts", ["a bad film", "a great film, all in all"])
+    assert (tmp_path / "x" / "adapter" / "label_embeddings.safetensors").is_file()
+
+
 def test_recipes_are_listed_with_a_sentence_each(monkeypatch, capsys):
     _, text = typed(monkeypatch, capsys, "recipes")
     for name in recipes.RECIPES:

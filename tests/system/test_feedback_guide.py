@@ -26,6 +26,7 @@ from cooperllm.config import (
     EngineName,
     FederationConfig,
     ModelConfig,
+    Objective,
     OptimizerConfig,
     OptimizerKind,
     SourceConfig,
@@ -115,6 +116,24 @@ def test_maps_fitted_on_the_very_texts_give_the_gradient_of_every_factor():
     for start, stop in list(model.layout.ranges.values())[:-2]:
         assert cosine(found[start:stop], gradient[start:stop]) > 0.999
         assert np.linalg.norm(found[start:stop]) == pytest.approx(np.linalg.norm(gradient[start:stop]), rel=0.02)
+
+
+def test_with_label_texts_maps_alone_give_the_gradient():
+    """There is no head, so that all of θ is estimated, and scores are not linear in the pooled state."""
+    sources = {"public": SourceConfig(max_examples=96), "private": SourceConfig(max_examples=48)}
+    task = data.load(DataConfig(**sources, num_test=2, num_validation=2), FederationConfig(), 0)
+    model = models.load(ModelConfig(objective=Objective.LABEL_TEXTS, label_words=("a bad review", "a great review")), 2)
+    public, private = (model.encode(part.texts, None, part.labels) for part in (task.public, task.private))
+    device = TorchForward(model, private, range(len(private)), None)
+    theta = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 0.1)
+    fitter = MapFitter(model, public, num_examples=96, num_components=24, bits=8, most_blocks=2)
+    found, gradient = device.estimate(theta, CHOSEN, fitter.fit(theta, 5, 6)), true_gradient(model, private, theta)
+    assert model.adapted.head is None
+    assert fitter.blocks[-1][1] == len(theta)
+    # By chance two vectors of 24 576 numbers have a cosine near 0.006.
+    assert cosine(found, gradient) > 0.9
+    for start, stop in fitter.blocks:
+        assert cosine(found[start:stop], gradient[start:stop]) > 0.8
 
 
 @pytest.mark.parametrize("has_maps", [False, True])

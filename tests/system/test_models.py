@@ -1,4 +1,4 @@
-"""The default model, adapters, prefix cache, label words and export: the real weights, and plain PEFT as the judge."""
+"""The default model, adapters, prefix cache, label words, label texts and export: the real weights, and plain PEFT as the judge."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from cooperllm import models
 from cooperllm.config import AdapterKind, ModelConfig, Objective
@@ -22,6 +22,8 @@ TEXTS = [
 ]
 TINY = ModelConfig(name="tiny-llama", target_modules=("q_proj", "v_proj"), last_layers=1, max_tokens=64)
 WORDS = replace(TINY, objective=Objective.LABEL_WORDS, label_words=("bad", "good"))
+COMPARED = ModelConfig(objective=Objective.LABEL_TEXTS, label_words=("a bad film", "a great film and a good long evening"))
+TINY_COMPARED = replace(COMPARED, name="tiny-llama", target_modules=("q_proj", "v_proj"), last_layers=1, max_tokens=64)
 
 
 def moved(model, seed=3):
@@ -36,7 +38,24 @@ def scores(model, theta):
         return model.scores(theta, model.batch(examples, range(len(TEXTS))))
 
 
-@pytest.mark.parametrize("config", [ModelConfig(), WORDS], ids=["minilm", "label words"])
+def plain_backbone(config):
+    """The pretrained network without any of our code around it, and its tokenizer."""
+    if config.name == "tiny-llama":
+        return models.tiny_llama(causal=False)
+    place = models.packaged_minilm()
+    return AutoModel.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
+
+
+def mean_states(network, token_ids, mask):
+    hidden, weights = network(input_ids=token_ids, attention_mask=mask).last_hidden_state, mask[..., None]
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def cosines(rows, others):
+    return torch.nn.functional.cosine_similarity(rows[:, None], others[None], dim=2)
+
+
+@pytest.mark.parametrize("config", [ModelConfig(), WORDS, COMPARED], ids=["minilm", "label words", "label texts"])
 def test_no_texts_are_no_examples(config):
     examples = models.load(config, 2).encode([], None, [])
     assert (len(examples), examples.labels.shape) == (0, (0,))
@@ -49,9 +68,11 @@ def test_the_default_model_trains_lora_on_query_and_value_of_its_last_two_layers
     assert {name.split(".")[5] for name in layout.names if "lora" in name} == {"4", "5"}
 
 
-def test_the_cached_prefix_changes_no_score():
-    cached, plain = (models.load(ModelConfig(caches_prefix=caches), 2) for caches in (True, False))
-    torch.testing.assert_close(scores(cached, moved(cached)), scores(plain, moved(plain)), rtol=0, atol=1e-6)
+# Pooled states differ by less than 1e-6; label texts take their cosines times 20.
+@pytest.mark.parametrize(("config", "most"), [(ModelConfig(), 1e-6), (COMPARED, 2e-5)], ids=["head", "label texts"])
+def test_the_cached_prefix_changes_no_score(config, most):
+    cached, plain = (models.load(replace(config, caches_prefix=caches), 2) for caches in (True, False))
+    torch.testing.assert_close(scores(cached, moved(cached)), scores(plain, moved(plain)), rtol=0, atol=most)
 
 
 def test_the_prefix_is_computed_once_per_example(monkeypatch):
@@ -88,16 +109,83 @@ def test_plain_peft_loads_an_exported_adapter_and_gives_the_same_scores(tmp_path
     model = models.load(config, 2)
     theta = moved(model)
     model.save_adapter(theta.numpy(), tmp_path, ["no", "yes"])
-    base = AutoModel.from_pretrained(models.packaged_minilm()) if config.name == "minilm" else models.tiny_llama(causal=False)[0]
-    plain = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    plain = PeftModel.from_pretrained(plain_backbone(config)[0], str(tmp_path)).eval()
     head = load_file(tmp_path / "classifier.safetensors")
     batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
     with torch.inference_mode():
-        hidden = plain(input_ids=batch.token_ids, attention_mask=batch.mask).last_hidden_state
-        weights = batch.mask[..., None]
-        pooled = (hidden * weights).sum(1) / weights.sum(1)
-        expected = pooled @ head["weight"].T + head["bias"]
+        expected = mean_states(plain, batch.token_ids, batch.mask) @ head["weight"].T + head["bias"]
     torch.testing.assert_close(scores(model, theta), expected, rtol=0, atol=1e-5)
+
+
+LORA_OR_IA3 = [COMPARED, replace(COMPARED, adapter=AdapterKind.IA3), TINY_COMPARED]
+
+
+@pytest.mark.parametrize("config", LORA_OR_IA3)
+def test_with_label_texts_the_start_gives_20_times_the_plain_backbones_cosines(config):
+    """Embeddings taken at other parameters, from padded texts or from another token than the mean would show."""
+    network, tokenizer = plain_backbone(config)
+    with torch.inference_mode():
+        states = [
+            torch.cat([
+                mean_states(network, ids, torch.ones_like(ids)) for ids in (tokenizer(t, return_tensors="pt").input_ids for t in part)
+            ])
+            for part in (TEXTS, config.label_words)
+        ]
+    model = models.load(config, 2)
+    # Cosines of pooled float32 states agree to 1e-6, with padding, times 20.
+    torch.testing.assert_close(scores(model, torch.from_numpy(model.initial_parameters(3))), 20 * cosines(*states), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", LORA_OR_IA3)
+def test_plain_peft_and_the_exported_label_embeddings_give_the_same_scores(tmp_path, config):
+    model = models.load(config, 2)
+    theta = moved(model)
+    model.save_adapter(theta.numpy(), tmp_path, ["no", "yes"])
+    plain = PeftModel.from_pretrained(plain_backbone(config)[0], str(tmp_path)).eval()
+    rows = load_file(tmp_path / "label_embeddings.safetensors")["weight"]
+    batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
+    with torch.inference_mode():
+        expected = 20 * cosines(mean_states(plain, batch.token_ids, batch.mask), rows)
+    assert not (tmp_path / "classifier.safetensors").exists()
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(scores(model, theta), expected, rtol=0, atol=2e-5)
+    # The adapter moves the texts and leaves the classes' rows where they were.
+    start = torch.from_numpy(model.initial_parameters(3))
+    assert (scores(model, theta) - scores(model, start)).abs().max() > 1e-3
+    torch.testing.assert_close(rows, models.load(config, 2)._network.label_embeddings, rtol=0, atol=0)
+
+
+def test_label_texts_of_a_fully_trained_model_stay_those_of_the_pretrained_one(tmp_path):
+    model = models.load(replace(TINY_COMPARED, adapter=AdapterKind.FULL, target_modules=()), 2)
+    theta = moved(model)
+    model.save_adapter(theta.numpy(), tmp_path, ["no", "yes"])
+    rows = load_file(tmp_path / "label_embeddings.safetensors")["weight"]
+    batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
+    with torch.inference_mode():
+        expected = 20 * cosines(mean_states(AutoModel.from_pretrained(tmp_path).eval(), batch.token_ids, batch.mask), rows)
+    assert torch.equal(rows, models.load(TINY_COMPARED, 2)._network.label_embeddings)
+    torch.testing.assert_close(scores(model, theta), expected, rtol=0, atol=2e-5)
+
+
+def test_with_label_texts_nothing_but_the_adapter_is_trained():
+    model = models.load(COMPARED, 2)
+    # two layers x (query, value) x (8 x 384 + 384 x 8)
+    assert model.layout.size == 2 * 2 * 2 * 8 * 384
+    assert (model.adapted.head, model.adapted.is_complete) == (None, True)
+
+
+def test_with_label_texts_points_of_one_pass_have_the_losses_that_they_have_alone():
+    from cooperllm.device.torch_forward import TorchForward
+
+    model = models.load(COMPARED, 2)
+    examples = model.encode(TEXTS, None, [0, 1, 0, 1])
+    points = np.stack([moved(model, seed).numpy() for seed in (1, 2, 3)])
+    budget = 3 * model.activation_mib(model.batch(examples, range(4)))
+    together, at_once = TorchForward(model, examples, range(4), budget).evaluate(range(4))
+    alone, _ = TorchForward(model, examples, range(4), None).evaluate(range(4))
+    assert at_once == 3
+    # Another attention kernel: scores near 10 differ by 1e-5 at most.
+    np.testing.assert_allclose(together(points), np.concatenate([alone(point[None]) for point in points]), atol=2e-5)
 
 
 def test_plain_peft_loads_a_causal_adapter(tmp_path):
@@ -171,8 +259,9 @@ def test_a_long_text_is_cut_but_its_prompt_is_not():
     assert model._tokenizer.decode(ids, skip_special_tokens=True).endswith(" It was")
 
 
-def test_second_texts_are_read():
-    model = models.load(ModelConfig(), 2)
+@pytest.mark.parametrize("config", [ModelConfig(), COMPARED], ids=["head", "label texts"])
+def test_second_texts_are_read(config):
+    model = models.load(config, 2)
     pair, single = model.encode(["one"], ["two"], [0]), model.encode(["one"], None, [0])
     assert len(pair.token_ids[0]) > len(single.token_ids[0])
 
@@ -184,6 +273,10 @@ def test_second_texts_are_read():
         (ModelConfig(name="no/such-model"), "'no/such-model' could not be loaded"),
         (replace(WORDS, label_words=("bad", "good", "fair")), "expected 2 words, one per class"),
         (replace(WORDS, label_words=("bad", "big")), "begin with the same token"),
+        (replace(COMPARED, label_words=("bad", "fair", "good")), "expected 2 words, one per class"),
+        (replace(COMPARED, label_words=("a film", "a film")), r"found \('a film', 'a film'\), expected texts that differ"),
+        (replace(COMPARED, label_words=("A film", "a film")), "two of these are the same to the model"),
+        (replace(COMPARED, max_tokens=4, label_words=("one film that is bad", "one film that is good")), "within their first 4 tokens"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_refused_with_a_sentence(config, sentence):

@@ -40,6 +40,8 @@ OUTSIDE = [
     (ModelConfig, {"max_tokens": 1}, "model.max_tokens", "1"),
     (ModelConfig, {"objective": Objective.LABEL_WORDS, "prompt": "It was", "label_words": ("a", "b")}, "model.prompt", "'It was'"),
     (ModelConfig, {"objective": Objective.LABEL_WORDS, "label_words": ("good",)}, "model.label_words", "('good',)"),
+    (ModelConfig, {"objective": Objective.LABEL_TEXTS, "label_words": ("a good film",)}, "model.label_words", "('a good film',)"),
+    (ModelConfig, {"objective": Objective.LABEL_TEXTS, "label_words": ("a good film", " ")}, "model.label_words", "('a good film', ' ')"),
     (SourceConfig, {"name": ""}, "data source name", "''"),
     (SourceConfig, {"max_examples": 0}, "max_examples", "0"),
     (SourceConfig, {"label_noise": 1.1}, "label_noise", "1.1"),

@@ -26,6 +26,7 @@ class Objective(Enum):
 
     HEAD = "head"
     LABEL_WORDS = "label-words"
+    LABEL_TEXTS = "label-texts"
 
 
 class Partition(Enum):
@@ -43,14 +44,14 @@ class ModelConfig:
     Attributes:
         name: "minilm" (the packaged default), "tiny-llama" (random, for tests), a hub id, or a local directory.
         adapter: LoRA, IA3 or every parameter.
-        objective: A classification head, or label words after a prompt.
+        objective: A classification head, label words after a prompt, or label texts that a text is compared with.
         rank: LoRA rank, >= 1.
         lora_alpha: LoRA scale times rank, > 0.
         target_modules: Names of the adapted linear layers; empty lets PEFT choose for the architecture.
         last_layers: How many of the last layers are adapted, >= 1; None adapts all.
         max_tokens: Texts are cut at this many tokens, >= 2.
         prompt: For label words: the text with {text} (and {text2}) to be filled in.
-        label_words: For label words: one word per class, in the order of the labels.
+        label_words: One word, or for label texts one short text, per class, in the order of the labels.
         caches_prefix: Whether the frozen layers below the first adapted one are computed once per example and kept.
     """
 
@@ -75,6 +76,9 @@ class ModelConfig:
         if self.objective is Objective.LABEL_WORDS:
             check("{text}" in self.prompt, "model.prompt", self.prompt, "a prompt that contains {text}")
             check(len(self.label_words) >= 2, "model.label_words", self.label_words, "one word per class")
+        if self.objective is Objective.LABEL_TEXTS:
+            one_each = len(self.label_words) >= 2 and all(text.strip() for text in self.label_words)
+            check(one_each, "model.label_words", self.label_words, "one short text per class")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
