@@ -2,6 +2,8 @@
 
 The default arm has the same rate, .03, everywhere: it was chosen once and holds on every task of the benchmark.
 
+Recipes with label texts have the rates of the task with a head until a search on validation has found theirs.
+
 The arms `decomfl`, `fedkseed`, `fwdllm` and `warm-start` have that of `mezo-fl` until a search on validation has found theirs.
 
 Take one, change fields with `dataclasses.replace`, and run it.
@@ -74,6 +76,17 @@ def missing_topics(data_directory: str = "data") -> Recipe:
     return Recipe(config=config, arms=arms, needs_data_directory=True)
 
 
+def sentiment_shift_label_texts(data_directory: str = "data") -> Recipe:
+    """The task of sentiment-shift without a head: film sentences are compared with "a bad film" and "a great film"; adapters do it all."""
+    return _with_label_texts(sentiment_shift(data_directory), ("a bad film", "a great film"))
+
+
+def missing_topics_label_texts(data_directory: str = "data") -> Recipe:
+    """The task of missing-topics without a head: news are compared with "news about sports" and the like; adapters do it all."""
+    texts = ("news about world politics", "news about sports", "news about business", "news about science and technology")
+    return _with_label_texts(missing_topics(data_directory), texts)
+
+
 def tiny(_data_directory: str = "") -> Recipe:
     """A two-layer Llama of random weights with label words: it learns little, in seconds, and is for trying things out."""
     arms = _arms(feedback=0.03, measured=0.03, paper=0.03, unguided=1e-3, cloud_only=0.03, fedavg_bp=0.03)
@@ -101,6 +114,8 @@ RECIPES: Mapping[str, Callable[[str], Recipe]] = {
     "demo": demo,
     "sentiment-shift": sentiment_shift,
     "missing-topics": missing_topics,
+    "sentiment-shift-label-texts": sentiment_shift_label_texts,
+    "missing-topics-label-texts": missing_topics_label_texts,
     "tiny": tiny,
 }
 
@@ -125,6 +140,12 @@ def recipe(name: str, data_directory: str = "data") -> Recipe:
     if name not in RECIPES:
         raise ConfigError(f"recipe: found {name!r}, expected one of {', '.join(RECIPES)}; `cooperllm recipes` describes them")
     return RECIPES[name](data_directory)
+
+
+def _with_label_texts(task: Recipe, texts: tuple[str, ...]) -> Recipe:
+    """The same task and arms; each class is described by a text, of which validation has chosen the wording at θ_0."""
+    model = replace(task.config.model, objective=Objective.LABEL_TEXTS, label_words=texts)
+    return replace(task, config=replace(task.config, recipe=f"{task.config.recipe}-label-texts", model=model))
 
 
 def _arms(

@@ -1,0 +1,25 @@
+"""Recipes: what they are called, and what one that is made from another leaves as it was.
+
+Run: pytest tests/unit/test_recipes.py
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from cooperllm.config import Objective
+from cooperllm.recipes import RECIPES, recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_bears_the_name_of_its_recipe(name):
+    made = recipe(name, "elsewhere")
+    assert {made.with_arm(arm).recipe for arm in made.arms} == {name}
+
+
+@pytest.mark.parametrize(("task", "num_classes"), [("sentiment-shift", 2), ("missing-topics", 4)])
+def test_a_recipe_with_label_texts_differs_from_its_task_in_how_scores_are_made_alone(task, num_classes):
+    headed, compared = recipe(task, "elsewhere"), recipe(f"{task}-label-texts", "elsewhere")
+    model = replace(headed.config.model, objective=Objective.LABEL_TEXTS, label_words=compared.config.model.label_words)
+    assert compared == replace(headed, config=replace(headed.config, recipe=f"{task}-label-texts", model=model))
+    assert len(set(model.label_words)) == num_classes
