@@ -35,6 +35,7 @@ def update(version=0, **changes):
         column_coefficients=np.zeros(0, np.float32),
         random_terms=(),
         dense=None,
+        loss=0.5,
         theta_hash=bytes(16),
     )
     return replace(nowhere, **changes)
@@ -50,6 +51,7 @@ def device_report(device_id, asked, **changes):
         guide_version=asked.guide_version,
         num_examples=4,
         outcome=Outcome.OK,
+        loss=0.5,
         column_slopes=nothing,
         random_slopes=nothing,
         estimate=None,

@@ -81,6 +81,12 @@ ROWS = {
     "missing-topics-baseline": Row("missing-topics", (A.MEZO_FL,), LONG),
     "sentiment-shift-others": Row("sentiment-shift", OTHERS),
     "missing-topics-others": Row("missing-topics", OTHERS),
+    # Without a head: the same shifts, where all learning has to go through adapters.
+    "sentiment-shift-label-texts": Row("sentiment-shift-label-texts", CORE, BROAD),
+    "missing-topics-label-texts": Row("missing-topics-label-texts", CORE, BROAD),
+    "sentiment-shift-label-texts-baseline": Row("sentiment-shift-label-texts", (A.MEZO_FL,), LONG),
+    "missing-topics-label-texts-baseline": Row("missing-topics-label-texts", (A.MEZO_FL,), LONG),
+    "unlabelled-news-sst2-label-texts": Row("sentiment-shift-label-texts", LABEL_FREE, BROAD, public="ag_news", source=UNLABELLED),
     # The breadth table. Its private sets are those of the core table and two more, whose unguided baseline is below.
     "matched": Row("missing-topics", CORE, BROAD, public="ag_news", source={"max_examples": 400}),
     "imdb-sst2": Row("sentiment-shift", CORE, BROAD, public="imdb"),

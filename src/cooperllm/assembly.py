@@ -56,6 +56,11 @@ class Material:
                 f"arm.name: feedback estimates gradients of adapters and a linear head, found adapter "
                 f"'{self._config.model.adapter.value}'; choose --adapter lora or ia3, or the arm measured"
             )
+        if any(arm(name).has_maps for name in arms) and self.model.adapted.head is None and not len(self.task.public):
+            raise ConfigError(
+                "arm.name: feedback has nothing to estimate from, found neither public text for maps nor a trained head; give the cloud "
+                "any text (labels are not needed), or choose the arm measured"
+            )
         needy = [name.value for name in arms if arm(name).has_gradient and not arm(name).has_basis]
         if needy and set(self.task.public.labels) <= {UNLABELLED}:
             raise ConfigError(
@@ -134,7 +139,7 @@ class Assembly:
             bits=settings.guide_bits,
             most_blocks=settings.feedback_blocks,
         )
-        return Cloud(self.config, self.start, maker, fitter)
+        return Cloud(self.config, self.start, maker, fitter, self.material.model.num_classes)
 
     def edges(self) -> list[Edge]:
         """Builds the edges; devices are dealt to them in turn."""

@@ -20,13 +20,16 @@ from msgspec import Meta
 
 from cooperllm.config import SUPPORTED_BITS
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 32)]
 Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+LARGEST_LOSS = 1e6
+Loss = Annotated[float, Meta(ge=-LARGEST_LOSS, le=LARGEST_LOSS)]
+"""Bounded, so that no sender can make a mean overflow; a device with a larger one has no finite loss worth the name."""
 
 
 class Outcome(Enum):
@@ -39,11 +42,12 @@ class Outcome(Enum):
 
 
 class StepKind(Enum):
-    """What an update does: a step; nothing yet, a later step names its terms again; or a step from moments of zero."""
+    """What an update does: a step; nothing yet, a later step names its terms again; a step from moments of zero; or a way back."""
 
     STEP = "step"
     HOLD = "hold"
     RESTART = "restart"
+    ROLLBACK = "rollback"
 
 
 class Grouping(Enum):
@@ -255,7 +259,8 @@ class Update:
         guide: Packed guide whose columns the coefficients belong to, or None.
         column_coefficients: One number per column of the span, shape [k].
         random_terms: Parts along random directions.
-        dense: A direction in full, packed, or None.
+        dense: A direction in full, packed, or None; for a way back, θ itself, exactly.
+        loss: Mean loss of the round's devices at the θ that the step starts from, or None where none was asked.
         theta_hash: Digest of the replica's state after the step.
         kind: Whether it moves the replica.
     """
@@ -268,6 +273,7 @@ class Update:
     column_coefficients: Float32[np.ndarray, "_k"]
     random_terms: tuple[RandomTerm, ...]
     dense: Packed | None
+    loss: Loss | None
     theta_hash: Digest
     kind: StepKind = StepKind.STEP
 
@@ -317,6 +323,8 @@ class DeviceReport:
         guide_version: Version of the guide they were measured along.
         num_examples: Private examples behind the numbers: the report's weight.
         outcome: How the work ended; numbers of any outcome but OK are not used.
+        loss: Mean loss of a batch at that θ; where there is nothing but slopes, the mean at the points they were measured between. 0 where
+            it is not finite.
         column_slopes: Slopes along the span's columns, shape [k].
         random_slopes: Slopes along random (or guided) directions, shape [P].
         estimate: An estimate of the private gradient in full, packed, where the plan asked for one.
@@ -331,6 +339,7 @@ class DeviceReport:
     guide_version: int
     num_examples: Count
     outcome: Outcome
+    loss: Loss
     column_slopes: Float32[np.ndarray, "_k"]
     random_slopes: Float32[np.ndarray, "_P"]
     estimate: Packed | None
@@ -364,6 +373,7 @@ class EdgeReport:
         num_devices: Usable reports folded.
         num_examples: Examples behind them.
         dropped: Reports not used, by outcome.
+        loss: Weighted mean of the devices' losses; 0 without a usable report.
         column_slopes: Weighted mean slope along each column, shape [k].
         column_squares: Weighted mean of squared slopes, shape [k]: with the mean it gives the spread between devices.
         random_slopes: One entry per group.
@@ -378,6 +388,7 @@ class EdgeReport:
     num_devices: Count
     num_examples: Count
     dropped: dict[Outcome, Count]
+    loss: Loss
     column_slopes: Float32[np.ndarray, "_k"]
     column_squares: Float32[np.ndarray, "_k"]
     random_slopes: tuple[RandomSlopes, ...]

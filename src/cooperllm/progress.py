@@ -10,6 +10,7 @@ from rich.progress import Progress as Lines
 
 from cooperllm.config import ArmName, RunConfig
 from cooperllm.desk import News
+from cooperllm.messages import StepKind
 
 Key = tuple[ArmName, float, int]
 
@@ -51,6 +52,9 @@ class Progress:
         self._bytes[key] = self._bytes.get(key, 0) + figures["bytes_down"] + figures["bytes_up"]
         if figures["accuracy"] is not None:
             self._newest[key] = f"accuracy {figures['accuracy']:.1%}  loss {figures['loss']:.3f}"
+        if figures["step"] == StepKind.ROLLBACK.value:
+            done = f"{name}  round {figures['round']} is taken back, the run had diverged"
+            self._print(f"{done}: it goes on from its best state so far with a step of {figures['learning_rate']:.2g}")
         if self._console.is_terminal:
             if key not in self._tasks:
                 self._tasks[key] = self._lines.add_task(f"{name:<11}", total=config.num_rounds, figures="")

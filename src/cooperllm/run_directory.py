@@ -25,6 +25,7 @@ import filelock
 import numpy as np
 from jaxtyping import Float32
 
+from cooperllm.algorithm.divergence import Good
 from cooperllm.config import RunConfig, from_plain, to_plain
 from cooperllm.errors import ConfigError, DecodeError, RunDirectoryError
 from cooperllm.link.codec import decode, encode
@@ -44,6 +45,7 @@ class Checkpoint:
         snapshot: Replica.
         pool: The cloud's pooled public gradients, newest first.
         maps: The cloud's feedback maps in use, or None.
+        good: Where a diverged run would go back to.
     """
 
     format_version: int
@@ -51,6 +53,7 @@ class Checkpoint:
     snapshot: Snapshot
     pool: tuple[Float32[np.ndarray, "_n"], ...]
     maps: Maps | None
+    good: Good
 
 
 class RunDirectory:

@@ -164,7 +164,8 @@ def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update]
         )
     if checkpoint is not None and checkpoint.snapshot.model_version <= len(updates):
         done = updates[: checkpoint.snapshot.model_version]
-        cloud.restore(replay.restore(checkpoint.snapshot, assembly.material.model.layout.size), checkpoint.pool, checkpoint.maps, done)
+        replica = replay.restore(checkpoint.snapshot, assembly.material.model.layout.size)
+        cloud.restore(replica, checkpoint.pool, checkpoint.maps, checkpoint.good, done)
     for update in updates[cloud.replica.model_version :]:
         cloud.replay(update)
     figures = files.rounds() if edges else []
@@ -182,6 +183,7 @@ def _checkpoint(config: RunConfig, cloud: Cloud) -> Checkpoint:
         snapshot=cloud.replica.snapshot(),
         pool=cloud.pool(),
         maps=cloud.maps(),
+        good=cloud.good(),
     )
 
 
@@ -217,7 +219,10 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
         "accuracy": None,
         "loss": None,
         "validation_accuracy": None,
+        "private_loss": closed.update.loss,
         "public_loss": result.public_loss,
+        "step": closed.update.kind.value,
+        "learning_rate": closed.update.learning_rate,
         **dict.fromkeys(("rho", "weight", "shrinkage", "span_energy", "slope_variance", "gain", "relative_variance")),
         **closed.observed,
         "queries": result.queries,

@@ -47,7 +47,7 @@ class LinearLoss:
         return lambda points: (points.astype(np.float64) @ self._gradient).astype(np.float32), 1
 
     def estimate(self, theta, chosen, maps):
-        return self._estimated
+        return self._estimated, float(theta @ self._gradient)
 
 
 def plan(blocks, bits=32):
@@ -69,7 +69,7 @@ def test_a_device_alone_projects_its_gradient_onto_each_block_of_its_estimate(gr
     found = feedback.rectified(estimated, blocks, feedback.gains(report.agreement, report.energy)).astype(np.float64)
     for start, stop in blocks:
         part, wide = gradient[start:stop].astype(np.float64), estimated[start:stop].astype(np.float64)
-        share = max(0.0, part @ wide) / (wide @ wide) if wide.any() else 0.0
+        share = (part @ wide) / (wide @ wide) if wide.any() else 0.0
         # A unit direction, two points, two losses, a slope, two lengths and the gain: fewer than 16 roundings of |g| |ê| each.
         assert np.abs(found[start:stop] - share * wide).max() <= 16 * UNIT * np.linalg.norm(part)
         assert np.linalg.norm(part - found[start:stop]) <= np.linalg.norm(part) * (1 + 16 * UNIT)

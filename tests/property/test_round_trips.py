@@ -23,6 +23,7 @@ from cooperllm.edge import Edge
 from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import (
+    LARGEST_LOSS,
     Chosen,
     DeviceReport,
     EdgeReport,
@@ -50,6 +51,7 @@ SEEDS = st.integers(0, (1 << 63) - 1)
 DIGESTS = st.binary(min_size=16, max_size=16)
 POSITIVE = st.floats(2.0**-60, 2.0**60)
 VERSIONS = st.integers(-1, 1 << 32)
+LOSSES = st.floats(-LARGEST_LOSS, LARGEST_LOSS)
 
 
 def vectors(sizes, **bounds):
@@ -137,6 +139,7 @@ UPDATES = fields_of(
     column_coefficients=ANY,
     random_terms=few(TERMS),
     dense=st.none() | PACKED,
+    loss=st.none() | LOSSES,
     theta_hash=DIGESTS,
     kind=st.sampled_from(StepKind),
 )
@@ -150,6 +153,7 @@ DEVICE_REPORTS = fields_of(
     guide_version=VERSIONS,
     num_examples=COUNTS,
     outcome=st.sampled_from(Outcome),
+    loss=LOSSES,
     column_slopes=ANY,
     random_slopes=ANY,
     estimate=st.none() | PACKED,
@@ -164,6 +168,7 @@ EDGE_REPORTS = fields_of(
     num_devices=COUNTS,
     num_examples=COUNTS,
     dropped=st.dictionaries(st.sampled_from(Outcome), COUNTS),
+    loss=LOSSES,
     column_slopes=ANY,
     column_squares=ANY,
     random_slopes=few(fields_of(RandomSlopes, group=COUNTS, num_examples=COUNTS, slopes=ANY)),

@@ -63,7 +63,7 @@ def trained():
     model = models.load(ModelConfig(), 2)
     public, private = (model.encode(part.texts, None, part.labels) for part in (task.public, task.private))
     device = TorchForward(model, private, range(len(private)), None)
-    theta = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 1.0)
+    theta, _ = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 1.0)
     fitter = MapFitter(model, public, num_examples=96, num_components=24, bits=8, most_blocks=2)
     maps, gradient = fitter.fit(theta, 5, 6), true_gradient(model, private, theta)
     return SimpleNamespace(
@@ -95,7 +95,7 @@ def answered(trained, maps, blocks=None, maps_version=6):
 
 
 def test_maps_fitted_on_public_texts_give_the_gradient_of_private_ones(trained):
-    found = trained.device.estimate(trained.theta, CHOSEN, trained.maps)
+    found = trained.device.estimate(trained.theta, CHOSEN, trained.maps)[0]
     adapters = slice(0, trained.fitter.blocks[-1][1])
     assert cosine(found, trained.gradient) > 0.95
     # By chance two vectors of 24 576 numbers have a cosine near 0.006.
@@ -110,7 +110,7 @@ def test_maps_fitted_on_the_very_texts_give_the_gradient_of_every_factor():
     examples = model.encode(["A stirring film.", "It fell apart quickly.", "Fine.", "Cold room, lovely bed."], None, [0, 2, 1, 1])
     theta = model.initial_parameters(3) + 0.02 * np.sin(np.arange(model.layout.size, dtype=np.float32))
     maps = MapFitter(model, examples, num_examples=4, num_components=30, bits=32, most_blocks=2).fit(theta, 0, 1)
-    found = TorchForward(model, examples, range(4), None).estimate(theta, range(4), maps)
+    found = TorchForward(model, examples, range(4), None).estimate(theta, range(4), maps)[0]
     gradient = true_gradient(model, examples, theta, range(4))
     assert maps.contrasts.shape == (2, 3)
     for start, stop in list(model.layout.ranges.values())[:-2]:
@@ -125,9 +125,9 @@ def test_with_label_texts_maps_alone_give_the_gradient():
     model = models.load(ModelConfig(objective=Objective.LABEL_TEXTS, label_words=("a bad review", "a great review")), 2)
     public, private = (model.encode(part.texts, None, part.labels) for part in (task.public, task.private))
     device = TorchForward(model, private, range(len(private)), None)
-    theta = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 0.1)
+    theta, _ = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 0.1)
     fitter = MapFitter(model, public, num_examples=96, num_components=24, bits=8, most_blocks=2)
-    found, gradient = device.estimate(theta, CHOSEN, fitter.fit(theta, 5, 6)), true_gradient(model, private, theta)
+    found, gradient = device.estimate(theta, CHOSEN, fitter.fit(theta, 5, 6))[0], true_gradient(model, private, theta)
     assert model.adapted.head is None
     assert fitter.blocks[-1][1] == len(theta)
     # By chance two vectors of 24 576 numbers have a cosine near 0.006.
@@ -138,7 +138,7 @@ def test_with_label_texts_maps_alone_give_the_gradient():
 
 @pytest.mark.parametrize("has_maps", [False, True])
 def test_the_heads_estimate_is_exact_with_and_without_maps(trained, has_maps):
-    found = trained.device.estimate(trained.theta, CHOSEN, trained.maps if has_maps else None)
+    found = trained.device.estimate(trained.theta, CHOSEN, trained.maps if has_maps else None)[0]
     adapters = trained.model.adapted
     # Scores of two passes differ by up to 2e-6, probabilities by half of that, and pooled states are below 2.
     for start, stop in (adapters.head.weight, adapters.head.bias):
@@ -150,8 +150,8 @@ def test_the_heads_estimate_is_exact_with_and_without_maps(trained, has_maps):
 
 def test_an_estimate_is_the_mean_of_its_examples_estimates(trained):
     """Padding and neighbours change nothing."""
-    together = trained.device.estimate(trained.theta, CHOSEN[:4], trained.maps)
-    alone = np.mean([trained.device.estimate(trained.theta, [index], trained.maps) for index in CHOSEN[:4]], axis=0)
+    together = trained.device.estimate(trained.theta, CHOSEN[:4], trained.maps)[0]
+    alone = np.mean([trained.device.estimate(trained.theta, [index], trained.maps)[0] for index in CHOSEN[:4]], axis=0)
     # Scores move by 2e-5 with padding.
     assert np.linalg.norm(together - alone) < 1e-4 * np.linalg.norm(alone)
 
@@ -163,9 +163,9 @@ def hooks_of(model):
 def test_estimating_leaves_theta_and_the_network_alone(trained):
     before = trained.theta.tobytes()
     hooks = hooks_of(trained.model)
-    first = trained.device.estimate(trained.theta, CHOSEN, trained.maps)
+    first = trained.device.estimate(trained.theta, CHOSEN, trained.maps)[0]
     trained.fitter.fit(trained.theta, 5, 6)
-    assert trained.device.estimate(trained.theta, CHOSEN, trained.maps).tobytes() == first.tobytes()
+    assert trained.device.estimate(trained.theta, CHOSEN, trained.maps)[0].tobytes() == first.tobytes()
     assert trained.theta.tobytes() == before
     assert hooks_of(trained.model) == hooks
 
@@ -265,8 +265,7 @@ def whole(tmp_path_factory):
 def test_the_feedback_arm_learns(whole):
     rounds = RunDirectory(whole.path).rounds()
     assert rounds[-1]["loss"] < rounds[0]["loss_before"]
-    assert rounds[0]["gain"] == 0  # no head to be exact about, and no maps yet
-    assert min(row["gain"] for row in rounds[1:]) > 0.25  # worthless maps have 0
+    assert min(row["gain"] for row in rounds) > 0.25  # worthless maps have 0
 
 
 def test_queries_are_what_forward_passes_paid_for(whole):
@@ -276,7 +275,7 @@ def test_queries_are_what_forward_passes_paid_for(whole):
 
 @pytest.mark.parametrize(("stop", "keeps_checkpoint"), [(1, True), (2, True), (2, False), (3, True), (4, False)])
 def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, whole, stop, keeps_checkpoint):
-    """Maps are fitted at versions 1, 2 and 4 and checkpoints written at 2 and 4: cut before, at and after both."""
+    """Maps are fitted at versions 0, 1, 2 and 4 and checkpoints written at 2 and 4: cut before, at and after both."""
     with pytest.raises(Interrupt):
         cooperllm.run(tiny(), tmp_path / "cut", interrupt_after(stop))
     if not keeps_checkpoint:
@@ -314,12 +313,12 @@ class Watched(Loopback):
 
 
 def test_maps_travel_only_to_devices_that_do_not_have_them(tmp_path):
-    """Two devices that always take part, fits at versions 1, 2 and 4."""
+    """Two devices that always take part, fits at versions 0, 1, 2 and 4."""
     config = tiny(federation=replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2))
     assembly = assemble(RunDirectory.create(tmp_path / "run", config))
     cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
     results = [run_round(cloud, edges, link) for _ in range(5)]
-    assert link.maps == [{}, {0: 1, 1: 1}, {0: 2, 1: 2}, {}, {0: 4, 1: 4}]
+    assert link.maps == [{0: 0, 1: 0}, {0: 1, 1: 1}, {0: 2, 1: 2}, {}, {0: 4, 1: 4}]
     saved = 2 * len(cloud.maps().values.payload)
     assert results[2].bytes_down - results[3].bytes_down > saved
     assert results[2].bytes_between - results[3].bytes_between > saved / 2
@@ -339,12 +338,19 @@ def test_a_model_that_feedback_cannot_train_is_refused_before_anything_is_writte
 def test_a_cloud_without_labels_still_serves_every_arm_but_those_that_need_them(tmp_path, source):
     base = tiny(num_rounds=2)
     base = replace(base, data=replace(base.data, public=replace(base.data.public, **source)))
-    for name in (ArmName.FEEDBACK, ArmName.MEASURED, ArmName.MEZO_FL):
+    for name in (ArmName.MEASURED, ArmName.MEZO_FL, *([ArmName.FEEDBACK] if "name" not in source else [])):
         run = cooperllm.run(replace(base, arm=replace(base.arm, name=name)), tmp_path / name.value)
         assert run.summary["arms"][name.value]["finished"]
     for name in (ArmName.CLOUD_ONLY, ArmName.PAPER):
         with pytest.raises(ConfigError, match=f"{name.value} back-propagates on labelled public text"):
             cooperllm.run(replace(base, arm=replace(base.arm, name=name)), tmp_path / name.value)
+
+
+def test_feedback_without_text_and_without_a_head_is_refused(tmp_path):
+    """It would run for hours and move nothing: label words leave no head to be exact about."""
+    base = tiny()
+    with pytest.raises(ConfigError, match="nothing to estimate from"):
+        cooperllm.run(replace(base, data=replace(base.data, public=replace(base.data.public, name="none"))), tmp_path / "run")
 
 
 def test_with_every_query_in_estimates_and_blocks_public_labels_change_no_bit(tmp_path):
@@ -359,8 +365,34 @@ def test_with_every_query_in_estimates_and_blocks_public_labels_change_no_bit(tm
     assert hashes[0] == hashes[1]
 
 
+def wild(learning_rate, **changes):
+    config = tiny(**changes)
+    return replace(config, arm=replace(config.arm, learning_rate=learning_rate))
+
+
 def test_a_diverged_feedback_run_says_so(tmp_path):
-    config = tiny()
-    config = replace(config, arm=replace(config.arm, learning_rate=1e30))
     with pytest.raises((DivergenceError, QuorumError), match=r"diverged|non-finite loss"):
-        cooperllm.run(config, tmp_path / "run")
+        cooperllm.run(wild(1e30, optimizer=OptimizerConfig(rolls_back=False)), tmp_path / "run")
+
+
+def test_a_diverged_run_goes_back_bit_for_bit_and_on_with_half_the_step(tmp_path):
+    run = cooperllm.run(wild(1e30), tmp_path / "run")
+    files = RunDirectory(run.path)
+    steps = [row["step"] for row in files.rounds()]
+    assert steps == ["step", "rollback", "step", "rollback", "step"]
+    start = assemble(files).start
+    first, back, second = files.updates()[:3]
+    assert replay.apply(replay.apply(start, first, OptimizerConfig()), back, OptimizerConfig()).theta.tobytes() == start.theta.tobytes()
+    assert second.learning_rate == back.learning_rate == first.learning_rate / 2
+
+
+@pytest.mark.parametrize("keeps_checkpoint", [True, False])
+def test_a_run_interrupted_after_a_way_back_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, keeps_checkpoint):
+    """The checkpoint at version 2 is written right after the first way back."""
+    cooperllm.run(wild(1e30), tmp_path / "whole")
+    with pytest.raises(Interrupt):
+        cooperllm.run(wild(1e30), tmp_path / "cut", interrupt_after(3))
+    if not keeps_checkpoint:
+        (tmp_path / "cut" / "checkpoint.bin").unlink()
+    cooperllm.resume(tmp_path / "cut")
+    assert (tmp_path / "cut" / "replay.log").read_bytes() == (tmp_path / "whole" / "replay.log").read_bytes()

@@ -79,6 +79,7 @@ def report():
         num_devices=2,
         num_examples=8,
         dropped={Outcome.LOST: 1, Outcome.NON_FINITE_LOSS: 2},
+        loss=0.5,
         column_slopes=vector,
         column_squares=vector,
         random_slopes=(RandomSlopes(group=7, num_examples=8, slopes=vector),),

@@ -36,7 +36,7 @@ class Public:
 class NoModules:
     """Softmax regression has no adapted module."""
 
-    sizes = ()
+    sizes, head = (), None
 
     def blocks(self, most):
         return ()
@@ -73,7 +73,7 @@ def cloud_of(labels, config=None, rounds=0, federation=None):
     replica = replay.start(noise.gaussian(8, 0, SIZE), run.optimizer)
     for _ in range(rounds):
         replica = replay.step(replica, noise.gaussian(9, replica.model_version, SIZE), 0.1, run.optimizer)
-    return Cloud(run, replica, maker, fitter)
+    return Cloud(run, replica, maker, fitter, CLASSES)
 
 
 def exact(theta, features, labels):
@@ -267,6 +267,7 @@ def answered(prepared):
         num_devices=5,
         num_examples=80,
         dropped={},
+        loss=0.5,
         column_slopes=ones,
         column_squares=ones,
         random_slopes=(),

@@ -15,6 +15,7 @@ import pytest
 import sample_messages
 
 from cooperllm.algorithm.compression import pack_vector
+from cooperllm.algorithm.divergence import Good
 from cooperllm.config import ArmConfig, ArmName, RunConfig
 from cooperllm.errors import RunDirectoryError
 from cooperllm.link.codec import encode
@@ -37,9 +38,9 @@ def checkpoint():
     vector = np.arange(4, dtype=np.float32)
     snapshot = Snapshot(model_version=2, theta=vector, moments=(vector,))
     maps = Maps(version=1, contrasts=np.eye(2, 3, dtype=np.float32), num_components=1, values=pack_vector(vector, 8))
-    return Checkpoint(
-        format_version=FORMAT_VERSION, config_hash=config_hash(RunConfig()), snapshot=snapshot, pool=(vector, vector + 1), maps=maps
-    )
+    good = Good(theta=vector - 1, loss=0.5)
+    known = {"format_version": FORMAT_VERSION, "config_hash": config_hash(RunConfig())}
+    return Checkpoint(**known, snapshot=snapshot, pool=(vector, vector + 1), maps=maps, good=good)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ References:
     McMahan et al., 2017, Communication-efficient learning of deep networks from decentralized data, Algorithm 1.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +36,23 @@ def weighted_mean(values: Sequence[Float32[np.ndarray, "k"]], weights: Sequence[
     for value, weight in zip(values, weights, strict=True):
         total += np.float64(weight) * value
     return (total / sum(weights)).astype(np.float32)
+
+
+def weighted_number(values: Sequence[float], weights: Sequence[int]) -> float:
+    """Averages single numbers over senders, eq. (1).
+
+    Args:
+        values: One number per sender, all finite.
+        weights: Number of examples per sender.
+
+    Returns:
+        Weighted mean; 0 without any weight.
+
+    Example:
+        >>> weighted_number([1.0, 4.0], [2, 1])
+        2.0
+    """
+    return math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / max(sum(weights), 1)
 
 
 def variance_between(

@@ -90,6 +90,7 @@ class Arm(ABC):
         has_basis: Whether random probes are mixed from gradients of public examples.
         has_maps: Whether the cloud fits feedback maps.
         has_pool: Whether random directions are members of a pool that is fixed for the run.
+        prefers_momentum: Whether the momentum comes before the cloud's gradient where the queries allow one of them.
     """
 
     has_gradient = False
@@ -97,6 +98,7 @@ class Arm(ABC):
     has_basis = False
     has_maps = False
     has_pool = False
+    prefers_momentum = False
 
     def at(self, config: ArmConfig, round_index: int) -> "Arm":
         """Gives the method of one round: always this one, but for arms with phases."""

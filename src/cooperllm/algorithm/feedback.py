@@ -5,14 +5,14 @@
     δ_t  = (1/T) Σ_k e_k M_kᵀ φ_t                                           (3)  predicted gradient of the loss at the module's output y
     M_k  = argmin Σ_t | T ∂(E_k·scores)/∂y_t - M_kᵀ φ_t |² + ridge |M_k|²    (4)  the cloud's fit, on public inputs; labels play no part
     ê    = Σ_t δ_tᵀ ∂y_t/∂w                                                 (5)  gradient of the module's own parameters w, exact but for δ
-    ĝ_b  = γ_b ê_b,   γ_b = max(0, Σ_i <g_i, ê_ib> / Σ_i |ê_ib|²)            (6)  slopes measured along an estimate say how much is true
+    ĝ_b  = γ_b ê_b,   γ_b = Σ_i <g_i, ê_ib> / Σ_i |ê_ib|²                    (6)  slopes measured along an estimate say how much is true
 
 A module is the parent of adapted layers, an attention say. A forward pass gives its input, what happens inside it (attention probabilities)
 and the output error; only the way from the error back to the module's output needs back-propagation through everything above, and that way
 is a property of the model, not of the data: it can be learnt on any text the model reads. A device runs one forward pass for (1) and a
 second in which each module's part (5) is taken while that module is at hand, so that memory holds one module at a time. The head's own
 gradient needs no map and is exact. (6) takes two more forward passes per block b: feedback gives directions, zeroth-order gives
-coefficients. A bad map has γ near 0 and is ignored.
+coefficients. A bad map has γ near 0 and is ignored; one that has come to point the wrong way has γ below 0 and is turned round.
 
 Where it comes from: feedback alignment puts fixed random matrices in the place of M and lets the network adapt to them; here M is fitted
 to the network. Synthetic gradients learn (3) on the private data while they train; here public inputs suffice, and labels are never used.
@@ -26,11 +26,14 @@ References:
     Maheswaranathan et al., 2018, Guided evolutionary strategies, arXiv:1806.10230.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
+
+from cooperllm.algorithm.guidance import dot
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths tried, as shares of the mean diagonal of the features' second moments."""
@@ -247,18 +250,38 @@ def fit(kept: Moments, held_out: Moments) -> tuple[Float32[np.ndarray, "K F D"],
 def gains(agreement: Float32[np.ndarray, "b"], energy: Float32[np.ndarray, "b"]) -> Float32[np.ndarray, "b"]:
     """Says how much of each block's estimate is true, eq. (6).
 
+    A gain below 0 is kept: what was measured is a slope, so that a step along γ ê leads down on these examples whatever the sign.
+
     Args:
         agreement: Mean over devices of <g_i, ê_ib>, measured as slopes, shape [b].
         energy: Mean over devices of |ê_ib|², shape [b].
 
     Returns:
-        γ >= 0, shape [b]; 0 where there is no estimate.
+        γ, shape [b]; 0 where there is no estimate.
 
     Example:
         >>> gains(np.array([1.0, -1.0, 0.0], np.float32), np.array([2.0, 1.0, 0.0], np.float32))
-        array([0.5, 0. , 0. ], dtype=float32)
+        array([ 0.5, -1. ,  0. ], dtype=float32)
     """
-    return np.maximum(np.where(energy > 0, agreement / np.where(energy > 0, energy, 1), 0), 0).astype(np.float32)
+    return np.where(energy > 0, agreement / np.where(energy > 0, energy, 1), 0).astype(np.float32)
+
+
+def shortened(vector: Float32[np.ndarray, "n"], length: float) -> Float32[np.ndarray, "n"]:
+    """Cuts a vector to a length, eq. (1) of `algorithm.feedback_arm`.
+
+    Args:
+        vector: Any direction, shape [n]; not modified.
+        length: The most its norm may be, >= 0.
+
+    Returns:
+        The vector itself where it is no longer than that, else a multiple of it.
+
+    Example:
+        >>> shortened(np.array([3.0, 4.0], np.float32), 2.5)
+        array([1.5, 2. ], dtype=float32)
+    """
+    found = math.sqrt(dot(vector, vector))
+    return vector if found <= length else np.float32(length / found) * vector
 
 
 def rectified(
@@ -284,14 +307,13 @@ def rectified(
     return result
 
 
-def is_refresh(model_version: int, every: int) -> bool:
+def is_refresh(model_version: int, every: int, first: int = 1) -> bool:
     """Says whether maps are fitted anew at a version: at 1, 2, 4, ... while the model changes fast, then every so many updates.
-
-    Before the first update a zero head makes every delta zero, so there is nothing to fit.
 
     Args:
         model_version: Updates in θ.
         every: Updates between refreshes in the long run, >= 1.
+        first: The first version at which there is anything to fit: 0, or 1 with a head that starts at zero and makes every delta zero.
 
     Returns:
         Whether it is time.
@@ -301,4 +323,4 @@ def is_refresh(model_version: int, every: int) -> bool:
         [1, 2, 4, 8, 16, 24]
     """
     is_power_of_two = model_version & (model_version - 1) == 0
-    return model_version >= 1 and (model_version % every == 0 or (model_version < every and is_power_of_two))
+    return model_version >= first and (model_version % every == 0 or (model_version < every and is_power_of_two))

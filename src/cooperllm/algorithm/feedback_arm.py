@@ -1,12 +1,17 @@
 """The feedback arm: devices estimate their own gradients with the cloud's maps, and measure how much of each block is true.
 
-    ê_i  = (1/S) Σ_s ê(θ_is),   θ_i,s+1 = θ_is - η_i ê(θ_is),   θ_i0 = θ    (1)  S local steps, each on a batch of its own
+    ê_i  = (1/S) Σ_s ê_is,   θ_i,s+1 = θ_is - η_i ê_is,   θ_i0 = θ           (1)  S local steps, each on a batch of its own;
+           ê_is = ê(θ_is), cut to the length of ê_i0                             no longer than the first
     ĝ    = mean_i ê_i, each block b times its gain γ_b                      (2)  `algorithm.feedback`, eq. (6), γ measured along ê(θ_i0)
     d    = ĝ + what slopes along columns and random probes say beyond ĝ      (3)  `algorithm.measured`, eq. (3)-(4), with λ = 0
 
 With maps that are worth nothing every γ falls to 0, the head's exact gradient and the measured arm remain. Of q two-point queries each
 local step takes one (two forward passes) and each block one; the rest goes to columns and random directions. Local steps are those of
-federated averaging, with estimates in the place of back-propagation.
+federated averaging, with estimates in the place of back-propagation. Where the loss has become too sharp for them a walk runs up the
+walls of its valley and its last estimate, many times longer than the first, would drown the others: hence the cut.
+
+The first column is the server's momentum. What maps get wrong in the same way every round adds up there, and its measured slope is what
+stops it.
 
 References:
     McMahan et al., 2017, Communication-efficient learning of deep networks from decentralized data, Algorithm 1.
@@ -29,6 +34,7 @@ class FeedbackArm(MeasuredArm):
     """Maps from the cloud, estimates from the devices, slopes to keep them honest."""
 
     has_maps = True
+    prefers_momentum = True
 
     def free_queries(self, config: ArmConfig) -> int:
         """Leaves what the estimates and their blocks do not take."""

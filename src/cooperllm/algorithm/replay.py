@@ -4,6 +4,7 @@
     m    <- γ m + d,   θ <- θ - η m                                         (2)  momentum
     m    <- γ m + (1-γ) d,   s <- ν s + (1-ν) d²,
     θ    <- θ - η  m / (1-γ^t)  /  ( √(s / (1-ν^t)) + ε )                    (3)  Adam
+    θ    <- dense,   m, s <- 0                                             (4)  a way back, see `algorithm.divergence`
 
 A `Replica` is what continues from round to round. Everything is elementwise float32 arithmetic in a fixed order, which IEEE 754 defines
 to the last bit, and the digest of the state is compared after every step.
@@ -161,7 +162,8 @@ def direction(replica: Replica, update: Update, columns: Float32[np.ndarray, "k 
         >>> replica = start(np.zeros(2, np.float32), OptimizerConfig())
         >>> update = messages.Update(
         ...     round_index=0, model_version=0, seed=1, learning_rate=1.0, guide=None,
-        ...     column_coefficients=np.array([2.0], np.float32), random_terms=(), dense=None, theta_hash=bytes(16))
+        ...     column_coefficients=np.array([2.0], np.float32), random_terms=(), dense=None, loss=None,
+        ...     theta_hash=bytes(16))
         >>> direction(replica, update, np.eye(1, 2, dtype=np.float32))
         array([2., 0.], dtype=float32)
     """
@@ -225,7 +227,7 @@ def seal(replica: Replica, update: Update, optimizer: OptimizerConfig) -> tuple[
 
     Example:
         >>> replica = start(np.zeros(2, np.float32), OptimizerConfig())
-        >>> blank = Update(round_index=0, model_version=0, seed=1, learning_rate=1.0, guide=None, random_terms=(), dense=None,
+        >>> blank = Update(round_index=0, model_version=0, seed=1, learning_rate=1.0, guide=None, random_terms=(), dense=None, loss=None,
         ...                column_coefficients=np.zeros(0, np.float32), theta_hash=bytes(16))
         >>> sealed, after = seal(replica, blank, OptimizerConfig())
         >>> apply(replica, sealed, OptimizerConfig()).state_hash == after.state_hash
@@ -268,10 +270,20 @@ def _applied(replica: Replica, update: Update, optimizer: OptimizerConfig) -> Re
         )
     if update.kind is StepKind.HOLD:
         return replace(replica, model_version=replica.model_version + 1)
+    if update.kind is StepKind.ROLLBACK:
+        return _rolled_back(replica, update)
     along = direction(replica, update, span(replica, update.guide))
     if update.kind is StepKind.RESTART:
         replica = replace(replica, moments=tuple(np.zeros_like(moment) for moment in replica.moments))
     return step(replica, along, update.learning_rate, optimizer)
+
+
+def _rolled_back(replica: Replica, update: Update) -> Replica:
+    """Takes θ from the update, eq. (4); what the moments remember led away from it."""
+    if update.dense is None:
+        raise DecodeError(f"update: a way back without parameters found, {len(replica.theta)} of them expected")
+    theta = compression.unpack_vector(update.dense, len(replica.theta))
+    return Replica(model_version=replica.model_version + 1, theta=theta, moments=tuple(np.zeros_like(moment) for moment in replica.moments))
 
 
 def _power(base: float, exponent: int) -> float:

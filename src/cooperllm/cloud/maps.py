@@ -29,6 +29,11 @@ class WatchedModules(Protocol):
     """Adapted modules that hand over their inputs and outputs; `cooperllm.adapted_modules.AdaptedModules` is one."""
 
     @property
+    def head(self) -> object:
+        """A head that is trained from zero, or None."""
+        ...
+
+    @property
     def sizes(self) -> Sequence[tuple[int, int]]:
         """(H, D) of each module."""
         ...
@@ -66,6 +71,7 @@ class MapFitter:
     Attributes:
         blocks: Ranges of θ whose estimates are measured apart.
         has_texts: Whether there is anything to fit on.
+        first_version: Updates before which every Jacobian is zero: one, where a head starts at zero.
     """
 
     def __init__(self, model: WatchedModel, public: Any, *, num_examples: int, num_components: int, bits: int, most_blocks: int) -> None:
@@ -76,8 +82,9 @@ class MapFitter:
         self._bits = bits
         self.blocks = model.adapted.blocks(most_blocks)
         self.has_texts = len(public) > 0
+        self.first_version = 0 if model.adapted.head is None else 1
 
-    def fit(self, theta: np.ndarray, seed: int, version: int) -> Maps:
+    def fit(self, theta: np.ndarray, seed: int, version: int) -> Maps | None:
         """Fits the maps at θ.
 
         Args:
@@ -86,13 +93,16 @@ class MapFitter:
             version: Updates in θ.
 
         Returns:
-            Packed maps.
+            Packed maps; None where the model's scores are not finite, so that there is nothing to learn.
         """
         point = torch.from_numpy(theta.copy())
         chosen = noise.permutation(seed, MAP_TEXTS, len(self._public))[: self._num_examples].tolist()
         starts = range(0, len(chosen), FIT_BATCH)
         batches = [self._model.batch(self._public, chosen[start : start + FIT_BATCH]) for start in starts]
-        contrasts, bases = self._describe(point, batches)
+        found = self._describe(point, batches)
+        if found is None:
+            return None
+        contrasts, bases = found
         kept, held_out = (
             [
                 Moments.zero(1 + 2 * basis.shape[1], len(contrasts), output_size)
@@ -121,8 +131,8 @@ class MapFitter:
             described = feedback.features(inputs[module][is_token], tokens, basis)
             yield described, [lengths * of_contrast[module][is_token] for of_contrast in jacobians]
 
-    def _describe(self, point: torch.Tensor, batches: Sequence[Any]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Contrasts from public scores, and a basis for each module's input, from the first batches."""
+    def _describe(self, point: torch.Tensor, batches: Sequence[Any]) -> tuple[np.ndarray, list[np.ndarray]] | None:
+        """Contrasts from public scores, and a basis for each module's input, from the first batches; None where one is not finite."""
         scores: list[np.ndarray] = []
         inputs: list[list[np.ndarray]] = [[] for _ in self._model.adapted.sizes]
         for batch in batches[:DESCRIBED_BATCHES]:
@@ -134,6 +144,8 @@ class MapFitter:
             with torch.no_grad(), self._model.adapted.watched(visit):
                 scores.append(self._model.scores(point, batch).float().numpy())
         stacked = [np.concatenate(parts) for parts in inputs]
+        if not all(np.isfinite(values).all() for values in (*scores, *stacked)):
+            return None
         count = min(self._num_components, *(min(part.shape) for part in stacked))
         return feedback.contrasts(np.concatenate(scores), MOST_CONTRASTS), [feedback.principal_components(part, count) for part in stacked]
 

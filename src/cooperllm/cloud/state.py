@@ -1,22 +1,24 @@
 """Room 3, the cloud: plans a round, and turns what came back into a sealed update.
 
-The pool of public gradients and the feedback maps are derived state: they are kept in checkpoints, so that a resumed run makes the same
-guides. Rounds that were held back are found in the log. Maps of a round that is replayed from the log are fitted again only if they are
-still in use at its end.
+The pool of public gradients, the feedback maps and the θ that a diverged run goes back to are derived state: they are kept in checkpoints,
+so that a resumed run makes the same guides. Losses, step sizes and rounds that were held back are found in the log. Maps of a round that
+is replayed from the log are fitted again only if they are still in use at its end.
 """
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm import compression, feedback, noise, replay
-from cooperllm.algorithm.aggregation import merged, variance_between, weighted_mean
+from cooperllm.algorithm import compression, divergence, feedback, noise, replay
+from cooperllm.algorithm.aggregation import merged, variance_between, weighted_mean, weighted_number
 from cooperllm.algorithm.arms import Arm, Measured, Public
 from cooperllm.algorithm.baselines import arm
+from cooperllm.algorithm.divergence import Good
 from cooperllm.algorithm.guidance import digest_of, inside
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud.guide import GuideMaker
@@ -74,9 +76,10 @@ class Cloud:
         replica: Current state.
     """
 
-    def __init__(self, config: RunConfig, replica: Replica, guide_maker: GuideMaker, map_fitter: MapFitter) -> None:
+    def __init__(self, config: RunConfig, replica: Replica, guide_maker: GuideMaker, map_fitter: MapFitter, num_classes: int) -> None:
         self.config = config
         self.replica = replica
+        self._num_classes = num_classes
         self._arm = arm(config.arm.name)
         self._guide_maker = guide_maker
         self._map_fitter = map_fitter
@@ -84,6 +87,9 @@ class Cloud:
         self._unfitted: tuple[int, np.ndarray] | None = None
         self._sent_maps = -1
         self._held: tuple[Update, ...] = ()
+        self._losses: tuple[float, ...] = ()
+        self._factor = 1.0
+        self._good = Good(theta=replica.theta, loss=math.inf)
         self._arm_config = replace(config.arm, feedback_blocks=max(1, len(map_fitter.blocks)))
 
     def plan(self) -> Prepared:
@@ -137,16 +143,19 @@ class Cloud:
         if self._arm.has_gradient and self._guide_maker.pool_size > 1:
             self._guide_maker.gradient(self.replica.theta, update.seed)
         self._note_refresh()
+        self._note(update)
         self.replica = replay.apply(self.replica, update, self.config.optimizer)
-        self._note_held(update)
 
-    def restore(self, replica: Replica, pool: Sequence[Float32[np.ndarray, "n"]], maps: Maps | None, updates: Sequence[Update]) -> None:
-        """Continues from a checkpoint; of the updates that it contains those count which no step has used yet."""
+    def restore(
+        self, replica: Replica, pool: Sequence[Float32[np.ndarray, "n"]], maps: Maps | None, good: Good, updates: Sequence[Update]
+    ) -> None:
+        """Continues from a checkpoint; the updates that it contains say what has been held back and taken back so far."""
         for update in updates:
-            self._note_held(update)
+            self._note(update)
         self.replica = replica
         self._guide_maker.restore(pool)
         self._maps = maps
+        self._good = good
 
     def close(self, prepared: Prepared, reports: Sequence[EdgeReport]) -> Closed:
         """Combines the edges' reports with the cloud's own gradient, steps, and seals the update.
@@ -166,7 +175,10 @@ class Cloud:
         for report in reports:
             dropped.update(report.dropped)
         num_reports = sum(report.num_devices for report in reports)
-        if plan.cohort and num_reports < self.config.federation.min_reports:
+        has_quorum = not plan.cohort or num_reports >= self.config.federation.min_reports
+        if self._has_diverged(reports, dropped, has_quorum=has_quorum):
+            return self._way_back(plan, reports, num_reports, dropped)
+        if not has_quorum:
             sentence = ", ".join(f"{count} {outcome.value}" for outcome, count in dropped.items()) or "none dropped"
             required = self.config.federation.min_reports
             raise QuorumError(round_index=plan.round_index, received=num_reports, required=required, dropped=sentence)
@@ -177,18 +189,16 @@ class Cloud:
             round_index=plan.round_index,
             model_version=plan.model_version,
             seed=plan.seed,
-            learning_rate=self._arm.learning_rate(self.config.arm, plan.round_index),
+            learning_rate=self._factor * self._own_rate(plan.round_index),
             guide=plan.guide if len(found.columns) else None,
             column_coefficients=found.columns,
             random_terms=found.random_terms,
             dense=found.dense,
+            loss=_mean_loss(reports) if plan.cohort else None,
             theta_hash=bytes(16),
             kind=found.kind,
         )
-        sealed, self.replica = replay.seal(self.replica, update, self.config.optimizer)
-        self._note_held(sealed)
-        observed = dict(found.observed)
-        return Closed(update=sealed, replica=self.replica, observed=observed, num_reports=num_reports, dropped=dict(dropped))
+        return self._closed(update, found.observed, num_reports, dropped)
 
     def pool(self) -> tuple[Float32[np.ndarray, "n"], ...]:
         """Returns the pooled public gradients, for a checkpoint."""
@@ -198,6 +208,46 @@ class Cloud:
         """Returns the feedback maps in use, for a checkpoint."""
         return self._maps
 
+    def good(self) -> Good:
+        """Returns where a diverged run would go back to, for a checkpoint."""
+        return self._good
+
+    def _closed(self, update: Update, observed: Mapping[str, float], num_reports: int, dropped: Mapping[Outcome, int]) -> Closed:
+        sealed, after = replay.seal(self.replica, update, self.config.optimizer)
+        self._note(sealed)
+        self.replica = after
+        return Closed(update=sealed, replica=after, observed=dict(observed), num_reports=num_reports, dropped=dict(dropped))
+
+    def _has_diverged(self, reports: Sequence[EdgeReport], dropped: Mapping[Outcome, int], *, has_quorum: bool) -> bool:
+        """Says whether to go back, `algorithm.divergence`, eq. (1): from a θ that has moved, for reasons that a shorter step may mend."""
+        if not self.config.optimizer.rolls_back or np.array_equal(self.replica.theta, self._good.theta):
+            return False
+        if not has_quorum:
+            return dropped.get(Outcome.NON_FINITE_LOSS, 0) > 0
+        asked_any = any(report.num_devices for report in reports)
+        return asked_any and divergence.has_diverged((*self._losses, _mean_loss(reports)), self._num_classes)
+
+    def _way_back(self, plan: Plan, reports: Sequence[EdgeReport], num_reports: int, dropped: Mapping[Outcome, int]) -> Closed:
+        """Takes back what led here, `algorithm.divergence`, eq. (2)."""
+        update = Update(
+            round_index=plan.round_index,
+            model_version=plan.model_version,
+            seed=plan.seed,
+            learning_rate=self._factor / 2 * self._own_rate(plan.round_index),
+            guide=None,
+            column_coefficients=np.zeros(0, np.float32),
+            random_terms=(),
+            dense=compression.pack_vector(self._good.theta, compression.EXACT),
+            loss=_mean_loss(reports) if num_reports else None,
+            theta_hash=bytes(16),
+            kind=StepKind.ROLLBACK,
+        )
+        return self._closed(update, {}, num_reports, dropped)
+
+    def _own_rate(self, round_index: int) -> float:
+        """The arm's step size η before anything was taken back."""
+        return self._arm.learning_rate(self.config.arm, round_index)
+
     def _feedback(self) -> tuple[Feedback | None, Maps | None]:
         """What to ask of the devices' feedback, and the maps where the edges do not have them yet."""
         if not self._arm.has_maps:
@@ -205,7 +255,8 @@ class Cloud:
         self._note_refresh()
         if self._unfitted is not None:
             version, theta = self._unfitted
-            self._maps, self._unfitted = self._map_fitter.fit(theta, noise.derive(self.config.seed, version), version), None
+            self._maps = self._map_fitter.fit(theta, noise.derive(self.config.seed, version), version) or self._maps
+            self._unfitted = None
         version = -1 if self._maps is None else self._maps.version
         asked = self._arm.feedback(self._arm_config, version, self._map_fitter.blocks)
         new_maps = self._maps if version != self._sent_maps else None
@@ -215,12 +266,21 @@ class Cloud:
     def _note_refresh(self) -> None:
         """Keeps θ where maps are due; they are fitted when a plan needs them."""
         version = self.replica.model_version
-        if self._arm.has_maps and self._map_fitter.has_texts and feedback.is_refresh(version, self.config.arm.map_refresh):
+        fitter, every = self._map_fitter, self.config.arm.map_refresh
+        if self._arm.has_maps and fitter.has_texts and feedback.is_refresh(version, every, fitter.first_version):
             self._unfitted = (version, self.replica.theta)
 
-    def _note_held(self, update: Update) -> None:
-        """Keeps rounds without a step until there is one."""
+    def _note(self, update: Update) -> None:
+        """Follows the log, when a round is closed as when it is replayed: rounds without a step, step sizes, losses and the best θ."""
         self._held = (*self._held, update) if update.kind is StepKind.HOLD else ()
+        self._factor = update.learning_rate / self._own_rate(update.round_index)
+        if update.kind is StepKind.ROLLBACK:
+            self._losses = ()
+        elif update.loss is not None:
+            self._losses = (*self._losses, update.loss)[-divergence.WINDOW :]
+            recent = divergence.recent_loss(self._losses)
+            if recent < self._good.loss:
+                self._good = Good(theta=self.replica.theta, loss=recent)
 
     def _pooled(self, probes: Probes | None) -> Probes | None:
         """Says which pool an arm with one draws from: the same in every round."""
@@ -232,9 +292,11 @@ class Cloud:
         config, theta, free = self._arm_config, self.replica.theta, method.free_queries(self._arm_config)
         # Gradients of data without a class push its score down, and hold nothing of what tells it from others: seen to be worse than none.
         is_partial = method.has_basis and not self._guide_maker.has_every_class
-        if not method.has_gradient or not free or is_partial:
+        momentum_first = method.prefers_momentum and free > 0
+        if not method.has_gradient or free <= momentum_first or is_partial:
             only = Guide(payload=compression.pack(theta[None][:0], config.guide_bits), num_columns=0, has_momentum=True)
-            return only if method.has_momentum and not method.has_gradient else None, np.zeros_like(theta), None
+            has_only = momentum_first or (method.has_momentum and not method.has_gradient)
+            return only if has_only else None, np.zeros_like(theta), None
         gradient, loss = self._guide_maker.gradient(theta, seed)
         if not np.isfinite(gradient).all():
             round_index = self.replica.model_version
@@ -243,11 +305,16 @@ class Cloud:
                 f"{self._arm.learning_rate(config, round_index):g}"
             )
         columns = np.stack(self._guide_maker.pool())
-        has_momentum = method.has_momentum and free > len(columns)
+        has_momentum = momentum_first or (method.has_momentum and free > len(columns))
         mixes = method.has_basis and free > len(columns) + has_momentum and config.basis_size > 0
         basis = self._guide_maker.basis(theta, seed, config.basis_size) if mixes else columns[:0]
         payload = compression.pack(np.concatenate([columns, basis]), config.guide_bits)
         return Guide(payload=payload, num_columns=len(columns), has_momentum=has_momentum), gradient, loss
+
+
+def _mean_loss(reports: Sequence[EdgeReport]) -> float:
+    """Mean private loss at the round's θ."""
+    return weighted_number([report.loss for report in reports], [report.num_examples for report in reports])
 
 
 def _measured(reports: Sequence[EdgeReport], num_columns: int, size: int) -> Measured:

@@ -77,7 +77,7 @@ class ArmConfig:
     basis_size: int = 64
     effective_rank: float = 500.0
     public_weight: float = 0.5
-    feedback_blocks: int = 2
+    feedback_blocks: int = 1
     estimate_bits: int = 8
     map_examples: int = 256
     map_components: int = 48

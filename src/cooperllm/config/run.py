@@ -36,12 +36,14 @@ class OptimizerConfig:
         momentum: Decay γ of the first moment, in [0, 1).
         square_decay: Decay ν of Adam's second moment, in [0, 1).
         epsilon: Adam's ε, > 0.
+        rolls_back: Whether a run that has diverged goes back to its best θ and continues with half the step size.
     """
 
     kind: OptimizerKind = OptimizerKind.MOMENTUM
     momentum: float = 0.9
     square_decay: float = 0.99
     epsilon: float = 1e-8
+    rolls_back: bool = True
 
     def __post_init__(self) -> None:
         check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")

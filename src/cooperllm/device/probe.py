@@ -3,20 +3,33 @@
 order --> replica at the plan's version --> batch --> slopes along columns and random directions --> report
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm import guidance, noise, replay, zeroth_order
+from cooperllm.algorithm import feedback, guidance, noise, replay, zeroth_order
 from cooperllm.algorithm.compression import EXACT, pack_vector
 from cooperllm.algorithm.guidance import random_directions
 from cooperllm.algorithm.replay import Replica
+from cooperllm.algorithm.zeroth_order import Evaluate
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.runtime import Runtime, Trainer
 from cooperllm.errors import ProtocolError, ReplayMismatchError
-from cooperllm.messages import FORMAT_VERSION, DeviceReport, Feedback, LocalTraining, Maps, Order, Outcome, Plan, Probes
+from cooperllm.messages import (
+    FORMAT_VERSION,
+    LARGEST_LOSS,
+    DeviceReport,
+    Feedback,
+    LocalTraining,
+    Maps,
+    Order,
+    Outcome,
+    Plan,
+    Probes,
+)
 
 BATCH_STREAM = 1 << 62
 """Noise indices from here on choose batches, so that no random direction shares a key with them."""
@@ -47,20 +60,22 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
     nothing = np.zeros(0, np.float32)
     column_slopes, random_slopes, agreement, energy, estimate = nothing, nothing, nothing, nothing, None
     chosen = choose_batch(plan, order.device_id, runtime.num_examples, 0)
-    num_examples, forward_passes, bits = len(chosen), 0, EXACT
+    num_examples, forward_passes, bits, losses = len(chosen), 0, EXACT, list[float]()
     if plan.probes is not None:
-        column_slopes, random_slopes = _probe(order, plan.probes, columns, basis, replica, runtime, chosen)
+        column_slopes, random_slopes = _probe(order, plan.probes, columns, basis, replica, _batch(runtime, chosen, losses))
         forward_passes += 2 * (len(column_slopes) + len(random_slopes))
     if plan.feedback is not None:
-        estimate, first, num_examples = _estimate(order, plan.feedback, replica, runtime, _known_maps(plan, plan.feedback, maps))
-        agreement, energy = _rectify(first, plan.feedback, replica, runtime, chosen)
+        estimate, first, num_examples, loss = _estimate(order, plan.feedback, replica, runtime, _known_maps(plan, plan.feedback, maps))
+        agreement, energy = _rectify(first, plan.feedback, replica, _batch(runtime, chosen, []))
         forward_passes += 2 * plan.feedback.num_steps + 2 * len(agreement)
-        bits = plan.feedback.bits
+        bits, losses = plan.feedback.bits, [loss]
     if plan.local_training is not None and trainer is not None:
-        estimate, num_examples = _train(order, plan.local_training, replica, runtime, trainer)
+        estimate, num_examples, loss = _train(order, plan.local_training, replica, runtime, trainer)
         forward_passes += (3 + plan.local_training.checkpoints_activations) * plan.local_training.num_steps
+        losses = [loss]
+    mean_loss = sum(losses) / len(losses) if losses else 0.0
     numbers = (column_slopes, random_slopes, agreement, energy, nothing if estimate is None else estimate)
-    is_finite = all(np.isfinite(values).all() for values in numbers)
+    is_finite = all(np.isfinite(values).all() for values in numbers) and abs(mean_loss) <= LARGEST_LOSS
     return DeviceReport(
         device_id=order.device_id,
         round_index=plan.round_index,
@@ -68,6 +83,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         guide_version=plan.guide_version,
         num_examples=num_examples,
         outcome=Outcome.OK if is_finite else Outcome.NON_FINITE_LOSS,
+        loss=mean_loss if is_finite else 0.0,
         column_slopes=column_slopes,
         random_slopes=random_slopes,
         estimate=pack_vector(estimate, bits) if is_finite and estimate is not None else None,
@@ -142,19 +158,35 @@ def _known_maps(plan: Plan, asked: Feedback, maps: Maps | None) -> Maps | None:
     return maps
 
 
+def _batch(runtime: Runtime, chosen: list[int], losses: list[float]) -> tuple[Evaluate, int]:
+    """A batch's loss as a function of points, which notes every loss that is taken, and the points that one pass may hold."""
+    evaluate, points_per_pass = runtime.evaluate(chosen)
+
+    def noted(points: Float32[np.ndarray, "P n"]) -> Float32[np.ndarray, "P"]:
+        found = evaluate(points)
+        losses.extend(found.tolist())
+        return found
+
+    return noted, points_per_pass
+
+
 def _estimate(
     order: Order, asked: Feedback, replica: Replica, runtime: Runtime, maps: Maps | None
-) -> tuple[Float32[np.ndarray, "n"], Float32[np.ndarray, "n"], int]:
-    """Estimates along a walk of local steps, `algorithm.feedback_arm`, eq. (1): the mean, the first one, and the examples behind it."""
-    point, estimates, batches = replica.theta, list[np.ndarray](), _batches(order, runtime, asked.num_steps)
+) -> tuple[Float32[np.ndarray, "n"], Float32[np.ndarray, "n"], int, float]:
+    """Walks along estimates, `algorithm.feedback_arm`, eq. (1): their mean, the first one, the examples behind it, the loss at θ."""
+    point, estimates, losses, batches = replica.theta, list[np.ndarray](), list[float](), _batches(order, runtime, asked.num_steps)
     for batch in batches:
-        estimates.append(runtime.estimate(point, batch, maps))
+        found, loss = runtime.estimate(point, batch, maps)
+        longest = math.sqrt(guidance.dot(estimates[0], estimates[0])) if estimates else math.inf
+        estimates.append(feedback.shortened(found, longest))
+        losses.append(loss)
         point = point - np.float32(asked.step_size) * estimates[-1]
-    return sum(estimates[1:], start=estimates[0]) / np.float32(len(estimates)), estimates[0], sum(map(len, batches))
+    mean = sum(estimates[1:], start=estimates[0]) / np.float32(len(estimates))
+    return mean, estimates[0], sum(map(len, batches)), losses[0]
 
 
 def _rectify(
-    estimate: Float32[np.ndarray, "n"], asked: Feedback, replica: Replica, runtime: Runtime, chosen: list[int]
+    estimate: Float32[np.ndarray, "n"], asked: Feedback, replica: Replica, batch: tuple[Evaluate, int]
 ) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b"]]:
     """Measures <g, ê_b> along each block of an estimate, `algorithm.feedback`, eq. (6)."""
     if any(stop > len(estimate) for _, stop in asked.blocks):
@@ -167,8 +199,7 @@ def _rectify(
             direction[start:stop] = estimate[start:stop] / (length or np.float32(1))
             yield direction
 
-    evaluate, points_per_pass = runtime.evaluate(chosen)
-    slopes = zeroth_order.slopes(evaluate, replica.theta, directions(), asked.slope_scale, points_per_pass=points_per_pass)
+    slopes = zeroth_order.slopes(batch[0], replica.theta, directions(), asked.slope_scale, points_per_pass=batch[1])
     return slopes * lengths, lengths * lengths
 
 
@@ -178,10 +209,9 @@ def _probe(
     columns: Float32[np.ndarray, "k n"],
     basis: Sequence[np.ndarray],
     replica: Replica,
-    runtime: Runtime,
-    chosen: list[int],
+    batch: tuple[Evaluate, int],
 ) -> tuple[Float32[np.ndarray, "columns"], Float32[np.ndarray, "random"]]:
-    evaluate, points_per_pass = runtime.evaluate(chosen)
+    evaluate, points_per_pass = batch
     measured = columns if probes.measures_columns else columns[:0]
     column_slopes = zeroth_order.slopes(evaluate, replica.theta, measured, probes.column_scale, points_per_pass=points_per_pass)
     random = random_directions(order.plan.seed, order.group, probes, basis if len(basis) else list(columns), len(replica.theta))
@@ -189,10 +219,12 @@ def _probe(
     return column_slopes, random_slopes
 
 
-def _train(order: Order, task: LocalTraining, replica: Replica, runtime: Runtime, trainer: Trainer) -> tuple[Float32[np.ndarray, "n"], int]:
+def _train(
+    order: Order, task: LocalTraining, replica: Replica, runtime: Runtime, trainer: Trainer
+) -> tuple[Float32[np.ndarray, "n"], int, float]:
     batches = _batches(order, runtime, task.num_steps)
-    after = trainer.train(replica.theta, batches, task.learning_rate, checkpoints_activations=task.checkpoints_activations)
-    return (replica.theta - after) / np.float32(task.learning_rate * task.num_steps), sum(map(len, batches))
+    after, loss = trainer.train(replica.theta, batches, task.learning_rate, checkpoints_activations=task.checkpoints_activations)
+    return (replica.theta - after) / np.float32(task.learning_rate * task.num_steps), sum(map(len, batches)), loss
 
 
 def _batches(order: Order, runtime: Runtime, num_steps: int) -> list[list[int]]:

@@ -30,7 +30,7 @@ class Runtime(Protocol):
         """
         ...
 
-    def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> Float32[np.ndarray, "n"]:
+    def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> tuple[Float32[np.ndarray, "n"], float]:
         """Estimates the gradient of a batch's loss with two forward passes, `algorithm.feedback`.
 
         Args:
@@ -39,7 +39,7 @@ class Runtime(Protocol):
             maps: The cloud's maps, or None for the head's exact gradient alone.
 
         Returns:
-            ê, shape [n]; 0 where neither maps nor the head say anything.
+            (ê [n], 0 where neither maps nor the head say anything; the batch's mean loss).
 
         Raises:
             DecodeError: If the maps do not fit the model.
@@ -58,7 +58,7 @@ class Trainer(Protocol):
         learning_rate: float,
         *,
         checkpoints_activations: bool = False,
-    ) -> Float32[np.ndarray, "n"]:
+    ) -> tuple[Float32[np.ndarray, "n"], float]:
         """Takes one plain gradient step per batch.
 
         Args:
@@ -68,6 +68,6 @@ class Trainer(Protocol):
             checkpoints_activations: Whether layers run once more instead of keeping their activations.
 
         Returns:
-            θ after the last step.
+            (θ after the last step [n], mean loss of the first batch before the first step).
         """
         ...

@@ -83,14 +83,15 @@ class TorchForward:
 
         return losses, points_per_pass
 
-    def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> Float32[np.ndarray, "n"]:
+    def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> tuple[Float32[np.ndarray, "n"], float]:
         """Runs forward once for the output error, and once more to take each module's part while that module is at hand."""
         model, adapted = self._model, self._model.adapted
         batch = model.batch(self._examples, [self.shard[position] for position in chosen])
         point, pooled = torch.from_numpy(theta.copy()), list[torch.Tensor]()
         with torch.inference_mode(), adapted.head_watched(pooled.append):
-            probabilities = self._scores(point, batch).softmax(1).numpy()
-        error = feedback.output_error(probabilities, batch.labels.numpy())
+            scores = self._scores(point, batch)
+            loss = float(torch.nn.functional.cross_entropy(scores, batch.labels))
+        error = feedback.output_error(scores.softmax(1).numpy(), batch.labels.numpy())
         result = np.zeros_like(theta)
         if maps is not None:
             parts = torch.from_numpy(result)
@@ -100,7 +101,7 @@ class TorchForward:
         for given in pooled:
             result[slice(*adapted.head.weight)] = (error.T @ given.float().numpy()).reshape(-1)
             result[slice(*adapted.head.bias)] = error.sum(0)
-        return result
+        return result, loss
 
     def train(
         self,
@@ -109,17 +110,18 @@ class TorchForward:
         learning_rate: float,
         *,
         checkpoints_activations: bool = False,
-    ) -> Float32[np.ndarray, "n"]:
+    ) -> tuple[Float32[np.ndarray, "n"], float]:
         """Takes plain gradient steps by back-propagation: the bound, not something a small device does."""
-        point = torch.from_numpy(theta.copy())
+        point, losses = torch.from_numpy(theta.copy()), list[float]()
         for chosen in batches:
             point.requires_grad_()
             batch = self._model.batch(self._examples, [self.shard[position] for position in chosen])
             with self._model.checkpointed() if checkpoints_activations else nullcontext():
                 loss = self._loss(point, batch)
+            losses.append(float(loss.detach()))
             (gradient,) = torch.autograd.grad(loss, point)
             point = point.detach() - learning_rate * gradient
-        return point.numpy()
+        return point.numpy(), losses[0]
 
     def _scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
         return self._model.scores(theta, batch).float() + self._shift

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm.aggregation import merged, weighted_mean
+from cooperllm.algorithm.aggregation import merged, weighted_mean, weighted_number
 from cooperllm.algorithm.compression import EXACT, pack_vector, unpack_vector
 from cooperllm.algorithm.replay import Replica
 from cooperllm.errors import DecodeError
@@ -99,6 +99,7 @@ class Edge:
             num_devices=len(usable),
             num_examples=sum(weights),
             dropped={outcome: count for outcome, count in dropped.items() if count},
+            loss=weighted_number([r.loss for r in usable], weights),
             column_slopes=weighted_mean([r.column_slopes for r in usable], weights) if usable else nothing,
             column_squares=weighted_mean([r.column_slopes**2 for r in usable], weights) if usable else nothing,
             random_slopes=merged([self._random_slopes(plan, report) for report in usable if len(report.random_slopes)]),
@@ -160,5 +161,6 @@ def _judge(report: DeviceReport, plan: Plan, num_parameters: int) -> tuple[Outco
         estimate = None if report.estimate is None else unpack_vector(report.estimate, num_parameters)
     except DecodeError:
         return Outcome.MISMATCH, None
-    numbers = (report.column_slopes, report.random_slopes, report.agreement, report.energy, *([] if estimate is None else [estimate]))
+    numbers = (report.column_slopes, report.random_slopes, report.agreement, report.energy)
+    numbers += () if estimate is None else (estimate,)
     return (Outcome.OK if all(np.isfinite(values).all() for values in numbers) else Outcome.NON_FINITE_LOSS), estimate
