@@ -324,7 +324,7 @@ def _notices(public: Texts, private: Texts, names: Sequence[str]) -> tuple[str, 
     """What a user should know about the cloud's texts."""
     if not len(public):
         return (
-            "there is no public text: the cloud can guide nobody, devices learn from what they measure and from the head's exact gradient",
+            "there is no public text: the cloud can guide nobody, devices learn from what they measure and from a trained head's gradient",
         )
     if UNLABELLED in public.labels:
         return ("public text has no labels: the cloud can fit feedback maps on it, and nothing else",)

@@ -26,7 +26,7 @@ from cooperllm.link import flower
 from cooperllm.link.base import Link
 from cooperllm.link.codec import encode
 from cooperllm.link.loopback import Loopback
-from cooperllm.messages import FORMAT_VERSION, Update
+from cooperllm.messages import FORMAT_VERSION, StepKind, Update
 from cooperllm.models import Examples, Model
 from cooperllm.round import RoundResult, run_round
 from cooperllm.run_directory import Checkpoint, RunDirectory, config_hash
@@ -311,6 +311,7 @@ def arm_summary(config: RunConfig, rounds: Sequence[Mapping[str, Any]], clock: D
         "seed": config.seed,
         "uses_back_propagation_on_devices": arm(config.arm.name).local_training(config.arm) is not None,
         "dropped_reports": dropped,
+        "rounds_taken_back": [row["round"] for row in rounds if row["step"] == StepKind.ROLLBACK.value],
     }
 
 

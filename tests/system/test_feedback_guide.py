@@ -380,6 +380,8 @@ def test_a_diverged_run_goes_back_bit_for_bit_and_on_with_half_the_step(tmp_path
     files = RunDirectory(run.path)
     steps = [row["step"] for row in files.rounds()]
     assert steps == ["step", "rollback", "step", "rollback", "step"]
+    assert run.summary["arms"]["feedback"]["rounds_taken_back"] == [2, 4]
+    assert "in round 2, 4." in (run.path / "report.html").read_text(encoding="utf8")
     start = assemble(files).start
     first, back, second = files.updates()[:3]
     assert replay.apply(replay.apply(start, first, OptimizerConfig()), back, OptimizerConfig()).theta.tobytes() == start.theta.tobytes()

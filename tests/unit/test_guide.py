@@ -212,13 +212,24 @@ def test_every_round_has_a_fresh_basis_and_probes_mixed_from_it():
         ({"basis_size": 2}, 1, True, 2),
         ({"name": ArmName.PAPER}, 1, False, 0),
         ({"name": ArmName.CLOUD_ONLY}, 1, False, 0),
+        ({"name": ArmName.FEEDBACK}, 0, True, 0),
+        ({"name": ArmName.FEEDBACK, "queries": 6}, 1, True, 0),
+        ({"name": ArmName.FEEDBACK, "queries": 7}, 1, True, 4),
     ],
     ids=str,
 )
 def test_a_guide_holds_no_more_than_the_queries_can_measure(changes, num_columns, has_momentum, num_rows):
-    prepared = cloud_of(EVERY_CLASS, replace(MEASURED, **changes), rounds=2).plan()
+    prepared = cloud_of(EVERY_CLASS, replace(MEASURED, **changes), rounds=3).plan()  # 3: no maps are due
     guide = prepared.plan.guide
     assert (guide.num_columns, guide.has_momentum, len(prepared.public.basis)) == (num_columns, has_momentum, num_rows)
+
+
+def test_the_default_arms_last_query_needs_nothing_of_the_clouds_labels():
+    """It measures the momentum, which devices hold themselves, also where the cloud lacks a class and sends no directions."""
+    for labels in (EVERY_CLASS, ONE_CLASS):
+        prepared = cloud_of(labels, ArmConfig(name=ArmName.FEEDBACK), rounds=3).plan()
+        assert (prepared.plan.guide.has_momentum, prepared.plan.num_columns, prepared.plan.probes.num_random) == (True, 1, 0)
+        assert prepared.public_loss is None
 
 
 @pytest.mark.parametrize("name", [ArmName.MEZO_FL, ArmName.DECOMFL, ArmName.FEDKSEED, ArmName.FEDAVG_BP])
