@@ -18,8 +18,12 @@ def test_a_run_bears_the_name_of_its_recipe(name):
 
 
 @pytest.mark.parametrize(("task", "num_classes"), [("sentiment-shift", 2), ("missing-topics", 4)])
-def test_a_recipe_with_label_texts_differs_from_its_task_in_how_scores_are_made_alone(task, num_classes):
+def test_a_recipe_with_label_texts_differs_from_its_task_in_how_scores_are_made_and_in_rates_alone(task, num_classes):
     headed, compared = recipe(task, "elsewhere"), recipe(f"{task}-label-texts", "elsewhere")
     model = replace(headed.config.model, objective=Objective.LABEL_TEXTS, label_words=compared.config.model.label_words)
-    assert compared == replace(headed, config=replace(headed.config, recipe=f"{task}-label-texts", model=model))
+    for name in headed.arms:
+        with_head, without = headed.with_arm(name), compared.with_arm(name)
+        assert without.arm.learning_rate == 4 * with_head.arm.learning_rate
+        arm = replace(with_head.arm, learning_rate=without.arm.learning_rate)
+        assert without == replace(with_head, recipe=f"{task}-label-texts", model=model, arm=arm)
     assert len(set(model.label_words)) == num_classes
