@@ -388,6 +388,16 @@ def test_a_diverged_run_goes_back_bit_for_bit_and_on_with_half_the_step(tmp_path
     assert second.learning_rate == back.learning_rate == first.learning_rate / 2
 
 
+def test_after_a_way_back_maps_are_fitted_anew(tmp_path):
+    """Every other round is taken back: where scores are not finite nothing is fitted, and at version 6 no fit would be due by itself."""
+    config = wild(1e30, federation=replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2))
+    assembly = assemble(RunDirectory.create(tmp_path / "run", config))
+    cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
+    for _ in range(7):
+        run_round(cloud, edges, link)
+    assert link.maps == [{0: 0, 1: 0}, {}, {0: 2, 1: 2}, {}, {0: 4, 1: 4}, {}, {0: 6, 1: 6}]
+
+
 @pytest.mark.parametrize("keeps_checkpoint", [True, False])
 def test_a_run_interrupted_after_a_way_back_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, keeps_checkpoint):
     """The checkpoint at version 2 is written right after the first way back."""

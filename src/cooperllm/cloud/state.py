@@ -89,6 +89,7 @@ class Cloud:
         self._held: tuple[Update, ...] = ()
         self._losses: tuple[float, ...] = ()
         self._factor = 1.0
+        self._is_back = False
         self._good = Good(theta=replica.theta, loss=math.inf)
         self._arm_config = replace(config.arm, feedback_blocks=max(1, len(map_fitter.blocks)))
 
@@ -264,17 +265,19 @@ class Cloud:
         return asked, new_maps
 
     def _note_refresh(self) -> None:
-        """Keeps θ where maps are due; they are fitted when a plan needs them."""
+        """Keeps θ where maps are due, and after a way back, since those in use may belong to where it led away from."""
         version = self.replica.model_version
         fitter, every = self._map_fitter, self.config.arm.map_refresh
-        if self._arm.has_maps and fitter.has_texts and feedback.is_refresh(version, every, fitter.first_version):
+        is_due = self._is_back or feedback.is_refresh(version, every, fitter.first_version)
+        if self._arm.has_maps and fitter.has_texts and is_due:
             self._unfitted = (version, self.replica.theta)
 
     def _note(self, update: Update) -> None:
         """Follows the log, when a round is closed as when it is replayed: rounds without a step, step sizes, losses and the best θ."""
         self._held = (*self._held, update) if update.kind is StepKind.HOLD else ()
         self._factor = update.learning_rate / self._own_rate(update.round_index)
-        if update.kind is StepKind.ROLLBACK:
+        self._is_back = update.kind is StepKind.ROLLBACK
+        if self._is_back:
             self._losses = ()
         elif update.loss is not None:
             self._losses = (*self._losses, update.loss)[-divergence.WINDOW :]
