@@ -372,6 +372,21 @@ def test_no_estimate_of_a_walk_counts_for_more_than_its_first():
     assert unpack_vector(report.estimate, SIZE) == pytest.approx(10, rel=8 * UNIT)
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_cutting_does_not_hide_what_is_not_finite(bad):
+    """A device must be able to say that its estimate is worthless."""
+    assert not np.isfinite(feedback.shortened(np.array([1.0, bad], np.float32), 0.5)).all()
+
+
+@pytest.mark.parametrize("length", [0.0, 0.1, 5.0, 7.0])
+def test_a_vector_is_cut_to_a_length_and_keeps_its_direction(length):
+    vector = np.array([3.0, 4.0], np.float32)
+    found = feedback.shortened(vector, length)
+    assert np.linalg.norm(found) == pytest.approx(min(length, 5.0), rel=2 * UNIT)
+    assert found[0] * 4 == pytest.approx(found[1] * 3, rel=2 * UNIT)
+    assert vector.tolist() == [3, 4]
+
+
 def test_a_report_tells_the_loss_where_the_round_began():
     asked, replica = plan(maps_version=-1)
     asked = replace(asked, guide_hash=digest(np.zeros((0, SIZE), np.float32)), feedback=replace(asked.feedback, num_steps=3))

@@ -274,14 +274,15 @@ def shortened(vector: Float32[np.ndarray, "n"], length: float) -> Float32[np.nda
         length: The most its norm may be, >= 0.
 
     Returns:
-        The vector itself where it is no longer than that, else a multiple of it.
+        The vector itself where it is no longer than that, else a multiple of it; never finite where the vector is not.
 
     Example:
         >>> shortened(np.array([3.0, 4.0], np.float32), 2.5)
         array([1.5, 2. ], dtype=float32)
     """
     found = math.sqrt(dot(vector, vector))
-    return vector if found <= length else np.float32(length / found) * vector
+    with np.errstate(invalid="ignore"):  # inf · 0: the estimate says so
+        return vector if found <= length else np.float32(length / found) * vector
 
 
 def rectified(
