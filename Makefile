@@ -36,8 +36,8 @@ check: $(STAMP)  ## formatting, lints, types, import contract
 unit: $(STAMP)  ## arithmetic, properties, the house rules, every example in the documentation
 	$(BIN)/python -m pytest --quiet tests/unit tests/property tests/policy src
 
-system: $(STAMP)  ## whole runs: the default model, every engine, the command line
-	$(BIN)/python -m pytest --quiet tests/system
+system: $(STAMP)  ## whole runs: the default model, every engine, the command line; two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/system --numprocesses 2 --dist loadfile
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
