@@ -1,7 +1,8 @@
 """Recipes: functions that return a whole configuration, every arm with the learning rate that was found for it.
 
-The default arm has the rate .03 wherever a head is trained, and .12 with label texts: each was chosen once and holds on every such task of
-the benchmark. The other arms of recipes with label texts have four times their rate with a head, which back-propagation prefers there.
+The default arm has the rate .03 wherever a head is trained, and .12 with label texts: each was chosen once, for few classes (77 want about
+.25, see `docs/log.md`). The other arms of recipes with label texts have four times their rate with a head, which back-propagation prefers
+there.
 
 The arms `decomfl`, `fedkseed`, `fwdllm` and `warm-start` have that of `mezo-fl` until a search on validation has found theirs.
 

@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from cooperllm.algorithm import compression, divergence, feedback, noise, replay
 from cooperllm.algorithm.aggregation import merged, variance_between, weighted_mean, weighted_number
-from cooperllm.algorithm.arms import Arm, Measured, Public
+from cooperllm.algorithm.arms import Arm, Coordinates, Measured, Public
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.divergence import Good
 from cooperllm.algorithm.guidance import digest_of, inside
@@ -178,7 +178,9 @@ class Cloud:
         num_reports = sum(report.num_devices for report in reports)
         has_quorum = not plan.cohort or num_reports >= self.config.federation.min_reports
         if self._has_diverged(reports, dropped, has_quorum=has_quorum):
-            return self._way_back(plan, reports, num_reports, dropped)
+            theta = compression.pack_vector(self._good.theta, compression.EXACT)
+            back = Coordinates(columns=np.zeros(0, np.float32), dense=theta, kind=StepKind.ROLLBACK)
+            return self._closed(plan, back, self._factor / 2, reports, dropped)
         if not has_quorum:
             sentence = ", ".join(f"{count} {outcome.value}" for outcome, count in dropped.items()) or "none dropped"
             required = self.config.federation.min_reports
@@ -186,20 +188,7 @@ class Cloud:
         measured = _measured(sorted(reports, key=lambda report: report.edge_id), len(prepared.public.span), len(self.replica.theta))
         measured = replace(measured, held=tuple(update.random_terms for update in self._held))
         found = self._arm.combine(self._arm_config, plan, prepared.public, measured)
-        update = Update(
-            round_index=plan.round_index,
-            model_version=plan.model_version,
-            seed=plan.seed,
-            learning_rate=self._factor * self._own_rate(plan.round_index),
-            guide=plan.guide if len(found.columns) else None,
-            column_coefficients=found.columns,
-            random_terms=found.random_terms,
-            dense=found.dense,
-            loss=_mean_loss(reports) if plan.cohort else None,
-            theta_hash=bytes(16),
-            kind=found.kind,
-        )
-        return self._closed(update, found.observed, num_reports, dropped)
+        return self._closed(plan, found, self._factor, reports, dropped)
 
     def pool(self) -> tuple[Float32[np.ndarray, "n"], ...]:
         """Returns the pooled public gradients, for a checkpoint."""
@@ -213,37 +202,37 @@ class Cloud:
         """Returns where a diverged run would go back to, for a checkpoint."""
         return self._good
 
-    def _closed(self, update: Update, observed: Mapping[str, float], num_reports: int, dropped: Mapping[Outcome, int]) -> Closed:
-        sealed, after = replay.seal(self.replica, update, self.config.optimizer)
-        self._note(sealed)
-        self.replica = after
-        return Closed(update=sealed, replica=after, observed=dict(observed), num_reports=num_reports, dropped=dict(dropped))
-
-    def _has_diverged(self, reports: Sequence[EdgeReport], dropped: Mapping[Outcome, int], *, has_quorum: bool) -> bool:
-        """Says whether to go back, `algorithm.divergence`, eq. (1): from a θ that has moved, for reasons that a shorter step may mend."""
-        if not self.config.optimizer.rolls_back or np.array_equal(self.replica.theta, self._good.theta):
-            return False
-        if not has_quorum:
-            return dropped.get(Outcome.NON_FINITE_LOSS, 0) > 0
-        asked_any = any(report.num_devices for report in reports)
-        return asked_any and divergence.has_diverged((*self._losses, _mean_loss(reports)), self._num_classes)
-
-    def _way_back(self, plan: Plan, reports: Sequence[EdgeReport], num_reports: int, dropped: Mapping[Outcome, int]) -> Closed:
-        """Takes back what led here, `algorithm.divergence`, eq. (2)."""
+    def _closed(
+        self, plan: Plan, found: Coordinates, factor: float, reports: Sequence[EdgeReport], dropped: Mapping[Outcome, int]
+    ) -> Closed:
+        """Seals what a round has come to, a step or a way back, and moves to the state after it."""
+        num_reports = sum(report.num_devices for report in reports)
         update = Update(
             round_index=plan.round_index,
             model_version=plan.model_version,
             seed=plan.seed,
-            learning_rate=self._factor / 2 * self._own_rate(plan.round_index),
-            guide=None,
-            column_coefficients=np.zeros(0, np.float32),
-            random_terms=(),
-            dense=compression.pack_vector(self._good.theta, compression.EXACT),
+            learning_rate=factor * self._own_rate(plan.round_index),
+            guide=plan.guide if len(found.columns) else None,
+            column_coefficients=found.columns,
+            random_terms=found.random_terms,
+            dense=found.dense,
             loss=_mean_loss(reports) if num_reports else None,
             theta_hash=bytes(16),
-            kind=StepKind.ROLLBACK,
+            kind=found.kind,
         )
-        return self._closed(update, {}, num_reports, dropped)
+        sealed, after = replay.seal(self.replica, update, self.config.optimizer)
+        self._note(sealed)
+        self.replica = after
+        return Closed(update=sealed, replica=after, observed=dict(found.observed), num_reports=num_reports, dropped=dict(dropped))
+
+    def _has_diverged(self, reports: Sequence[EdgeReport], dropped: Mapping[Outcome, int], *, has_quorum: bool) -> bool:
+        """Says whether to go back, `algorithm.divergence`, eq. (1): from a θ that has moved, for reasons that a shorter step may mend."""
+        if has_quorum:
+            asked_any = any(report.num_devices for report in reports)
+            is_lost = asked_any and divergence.has_diverged((*self._losses, _mean_loss(reports)), self._num_classes)
+        else:
+            is_lost = dropped.get(Outcome.NON_FINITE_LOSS, 0) > 0
+        return is_lost and self.config.optimizer.rolls_back and not np.array_equal(self.replica.theta, self._good.theta)
 
     def _own_rate(self, round_index: int) -> float:
         """The arm's step size η before anything was taken back."""

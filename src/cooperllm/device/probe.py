@@ -66,7 +66,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         forward_passes += 2 * (len(column_slopes) + len(random_slopes))
     if plan.feedback is not None:
         estimate, first, num_examples, loss = _estimate(order, plan.feedback, replica, runtime, _known_maps(plan, plan.feedback, maps))
-        agreement, energy = _rectify(first, plan.feedback, replica, _batch(runtime, chosen, []))
+        agreement, energy = _rectify(first, plan.feedback, replica, runtime.evaluate(chosen))
         forward_passes += 2 * plan.feedback.num_steps + 2 * len(agreement)
         bits, losses = plan.feedback.bits, [loss]
     if plan.local_training is not None and trainer is not None:
@@ -174,15 +174,15 @@ def _estimate(
     order: Order, asked: Feedback, replica: Replica, runtime: Runtime, maps: Maps | None
 ) -> tuple[Float32[np.ndarray, "n"], Float32[np.ndarray, "n"], int, float]:
     """Walks along estimates, `algorithm.feedback_arm`, eq. (1): their mean, the first one, the examples behind it, the loss at θ."""
-    point, estimates, losses, batches = replica.theta, list[np.ndarray](), list[float](), _batches(order, runtime, asked.num_steps)
-    for batch in batches:
-        found, loss = runtime.estimate(point, batch, maps)
-        longest = math.sqrt(guidance.dot(estimates[0], estimates[0])) if estimates else math.inf
-        estimates.append(feedback.shortened(found, longest))
-        losses.append(loss)
+    batches = _batches(order, runtime, asked.num_steps)
+    first, loss = runtime.estimate(replica.theta, batches[0], maps)
+    longest = math.sqrt(guidance.dot(first, first))
+    point, estimates = replica.theta, [first]
+    for batch in batches[1:]:
         point = point - np.float32(asked.step_size) * estimates[-1]
-    mean = sum(estimates[1:], start=estimates[0]) / np.float32(len(estimates))
-    return mean, estimates[0], sum(map(len, batches)), losses[0]
+        estimates.append(feedback.shortened(runtime.estimate(point, batch, maps)[0], longest))
+    mean = sum(estimates[1:], start=first) / np.float32(len(estimates))
+    return mean, first, sum(map(len, batches)), loss
 
 
 def _rectify(

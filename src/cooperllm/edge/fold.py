@@ -161,6 +161,5 @@ def _judge(report: DeviceReport, plan: Plan, num_parameters: int) -> tuple[Outco
         estimate = None if report.estimate is None else unpack_vector(report.estimate, num_parameters)
     except DecodeError:
         return Outcome.MISMATCH, None
-    numbers = (report.column_slopes, report.random_slopes, report.agreement, report.energy)
-    numbers += () if estimate is None else (estimate,)
+    numbers = (report.column_slopes, report.random_slopes, report.agreement, report.energy, *([] if estimate is None else [estimate]))
     return (Outcome.OK if all(np.isfinite(values).all() for values in numbers) else Outcome.NON_FINITE_LOSS), estimate
