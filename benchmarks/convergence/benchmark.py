@@ -23,7 +23,8 @@ from cooperllm.report import arms_table, verdict
 
 A = ArmName
 CORE = (A.FEEDBACK, A.FEDAVG_BP, A.CLOUD_ONLY)
-OTHERS = (A.MEASURED, A.PAPER, A.DECOMFL, A.FEDKSEED, A.FWDLLM, A.WARM_START)
+GUIDED = (A.MEASURED, A.PAPER)
+UNGUIDED = (A.MEZO_FL, A.DECOMFL, A.FEDKSEED, A.FWDLLM, A.WARM_START)
 LABEL_FREE = (A.FEEDBACK,)
 BROAD, SHORT, LONG = 40, 60, 200
 
@@ -77,10 +78,10 @@ ROWS = {
     # The core table: every arm, a shift of domain and missing classes.
     "sentiment-shift": Row("sentiment-shift", CORE),
     "missing-topics": Row("missing-topics", CORE),
-    "sentiment-shift-baseline": Row("sentiment-shift", (A.MEZO_FL,), LONG),
-    "missing-topics-baseline": Row("missing-topics", (A.MEZO_FL,), LONG),
-    "sentiment-shift-others": Row("sentiment-shift", OTHERS),
-    "missing-topics-others": Row("missing-topics", OTHERS),
+    "sentiment-shift-guided": Row("sentiment-shift", GUIDED),
+    "missing-topics-guided": Row("missing-topics", GUIDED),
+    "sentiment-shift-unguided": Row("sentiment-shift", UNGUIDED, LONG),
+    "missing-topics-unguided": Row("missing-topics", UNGUIDED, LONG),
     # Without a head: the same shifts, where all learning has to go through adapters.
     "sentiment-shift-label-texts": Row("sentiment-shift-label-texts", CORE, BROAD),
     "missing-topics-label-texts": Row("missing-topics-label-texts", CORE, BROAD),
