@@ -47,7 +47,7 @@ class LabelWords(nn.Module):
         """Returns scores [B, C] in float32."""
         scores = self.backbone(input_ids=token_ids, attention_mask=mask, use_cache=False).logits
         last = mask.sum(1) - 1
-        return scores[torch.arange(len(last)), last][:, self.word_ids].float()
+        return scores[torch.arange(last.shape[0]), last][:, self.word_ids].float()
 
 
 class LabelTexts(nn.Module):
