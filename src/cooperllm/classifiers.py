@@ -38,6 +38,8 @@ class PooledClassifier(nn.Module):
 class LabelWords(nn.Module):
     """A causal language model whose next-token scores of one word per class, after a prompt, are the class scores."""
 
+    word_ids: Tensor
+
     def __init__(self, backbone: nn.Module, word_ids: Sequence[int]) -> None:
         super().__init__()
         self.backbone = backbone

@@ -157,7 +157,7 @@ def test_an_estimate_is_the_mean_of_its_examples_estimates(trained):
 
 
 def hooks_of(model):
-    return [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model._network.modules()]
+    return [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.network.modules()]
 
 
 def test_estimating_leaves_theta_and_the_network_alone(trained):
