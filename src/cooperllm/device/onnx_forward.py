@@ -77,7 +77,9 @@ class OnnxForward:
         manifest, point = self._package.manifest, np.ascontiguousarray(theta)
         self._check(point[None])
         if OBSERVE not in manifest.graphs:
-            raise ConfigError(f"{self._package.path}: found a package without a feedback pass, expected one; choose another arm than feedback")
+            raise ConfigError(
+                f"{self._package.path}: found a package without a feedback pass, expected one; choose another arm than feedback"
+            )
         decoded = None if maps is None else unpack_maps(maps, manifest.sizes, manifest.num_classes)
         indices = [self.shard[position] for position in chosen]
         result, total = np.zeros_like(point), 0.0
@@ -171,7 +173,9 @@ def open_package(path: Path | str, *, num_threads: int = 1) -> Package:
     golden = package.manifest.golden
     examples = package.encode(golden.texts, None, golden.labels)
     if [row.tolist() for row in examples.token_ids] != [list(row) for row in golden.token_ids]:
-        raise PackageError(f"{package.path}: this `tokenizers` reads the golden texts as other tokens; install the version the model was made for")
+        raise PackageError(
+            f"{package.path}: this `tokenizers` reads the golden texts as other tokens; install another version"
+        )
     points = golden_points(package.theta, golden)
     losses = OnnxForward(package, examples, range(len(examples)), None).evaluate(range(len(examples)))[0](points)
     # Written so that a loss that is not a number is refused, too.
@@ -193,9 +197,9 @@ def golden_points(theta: Float32[np.ndarray, "n"], golden: Golden) -> Float32[np
     Returns:
         Points, shape [P, n].
     """
-    return np.stack(
-        [theta + np.float32(scale) * noise.gaussian(golden.seed, number, len(theta)) for number, scale in enumerate(golden.scales)]
-    )
+    return np.stack([
+        theta + np.float32(scale) * noise.gaussian(golden.seed, number, len(theta)) for number, scale in enumerate(golden.scales)
+    ])
 
 
 def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:

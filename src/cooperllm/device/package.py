@@ -172,7 +172,7 @@ def read_package(path: Path | str, *, num_threads: int = 1) -> Package:
 def _tokenizer(file: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # noqa: BLE001 -- what `tokenizers` raises has no class of its own
+    except Exception as error:
         raise PackageError(f"{file} is no tokeniser that this machine reads ({error}); install another version of `tokenizers`") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()

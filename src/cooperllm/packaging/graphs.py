@@ -127,7 +127,7 @@ class PullBack(nn.Module):
         ]
         return torch.cat(parts)
 
-    def _parts(self, theta: Tensor, module: AdaptedModule, call: Any, delta: Tensor) -> list[Tensor]:
+    def _parts(self, theta: Tensor, module: AdaptedModule, call: tuple[Any, Any], delta: Tensor) -> list[Tensor]:
         parent, layout = self.network.get_submodule(module.name), self._model.layout
         spans = {
             name.removeprefix(f"{module.name}."): (start, stop, shape)
@@ -139,7 +139,8 @@ class PullBack(nn.Module):
             result = torch.func.functional_call(parent, dict(zip(spans, tensors, strict=True)), *call)
             return result[0] if isinstance(result, tuple) else result
 
-        _, pull = torch.func.vjp(output, *(theta[start:stop].reshape(shape) for start, stop, shape in spans.values()))
+        pull: Callable[[Tensor], tuple[Tensor, ...]]
+        pull = torch.func.vjp(output, *(theta[start:stop].reshape(shape) for start, stop, shape in spans.values()))[1]
         return [part.reshape(-1) for part in pull(delta)]
 
 
@@ -189,15 +190,20 @@ def only_label_words(network: nn.Module) -> Generator[None]:
     Yields:
         Nothing.
     """
-    head: Any = network.get_submodule("backbone").get_output_embeddings() if isinstance(network, LabelWords) else None
+    backbone: Any = network.get_submodule("backbone")
+    head: Any = backbone.get_output_embeddings() if isinstance(network, LabelWords) else None
     if not isinstance(network, LabelWords) or type(head) is not nn.Linear:
         yield
         return
     word_ids = network.word_ids
-    weight, bias = head.weight[word_ids].detach(), None if head.bias is None else head.bias[word_ids].detach()
+    rows: list[Tensor] = [tensor[word_ids].detach() for tensor in (head.weight, head.bias) if tensor is not None]
+
+    def chosen(_own: Callable[..., Any], hidden: Tensor) -> Tensor:
+        return _linear(hidden, *rows)
+
     network.word_ids = torch.arange(len(word_ids))
     try:
-        with forward_wrapped(head, lambda _own, hidden: _linear(hidden, weight, bias)):
+        with forward_wrapped(head, chosen):
             yield
     finally:
         network.word_ids = word_ids

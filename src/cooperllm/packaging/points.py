@@ -57,10 +57,11 @@ def _at_points(network: nn.Module, path: str, parts: Mapping[str, Tensor]) -> tu
     owner, mark, _ = f"{path}.".partition(IA3)
     if mark:
         layer: Any = network.get_submodule(owner)
-        return layer, partial(_scaled, layer, next(part for name, part in parts.items() if name.startswith(f"{path}.")))
+        scale = next(part for name, part in parts.items() if name.startswith(f"{path}."))
+        return layer, partial(_scaled, layer, scale)
     raise ConfigError(
-        f"model.adapter: found trained parameters in {path} ({type(module).__name__}), a device package knows LoRA and IA3 on linear layers "
-        "and a linear head; choose --adapter lora or ia3, or --runtime torch"
+        f"model.adapter: found trained parameters in {path} ({type(module).__name__}), a device package knows LoRA and IA3 on linear "
+        "layers and a linear head; choose --adapter lora or ia3, or --runtime torch"
     )
 
 

@@ -60,7 +60,7 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
         graphs["pull_back"] = _onnx(
             _functional(PullBack(model, observe), arguments),
             arguments,
-            [None, *({axis: either for axis in range(tensor.dim())} for tensor in arguments[1:])],
+            [None, *(dict.fromkeys(range(tensor.dim()), either) for tensor in arguments[1:])],
             ["theta", *(f"delta_{number}" for number in range(len(deltas))), *names],
             ["gradient"],
         )

@@ -80,7 +80,7 @@ def to_int8_rows(model: onnx.ModelProto) -> int:
 
 
 def _quantised(node: onnx.NodeProto, weight: onnx.TensorProto, added: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
-    """Eq. (1) in operators that every runtime has; activations are unsigned with zero point 128, which is what integer units multiply fast."""
+    """Eq. (1) in ordinary operators; activations are unsigned with zero point 128, which is what integer units multiply fast."""
     if f"{weight.name}.int8" not in added:
         values = numpy_helper.to_array(weight).astype(np.float32)
         scale = np.maximum(np.abs(values).max(0, keepdims=True), 1e-12) / np.float32(127)
