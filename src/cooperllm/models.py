@@ -233,8 +233,8 @@ class Model:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
-                f"model.name: the tokeniser of {self.config.name!r} is Python code ({type(self._tokenizer).__name__}), which a device without "
-                "that code cannot run; choose a model with a tokenizer.json, or --runtime torch"
+                f"model.name: the tokeniser of {self.config.name!r} is Python code ({type(self._tokenizer).__name__}), which a device "
+                "without that code cannot run; choose a model with a tokenizer.json, or --runtime torch"
             )
         return backend.to_str()
 

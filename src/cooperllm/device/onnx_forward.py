@@ -5,8 +5,8 @@ result is the same. θ is an input of every graph; the weights stay as they are 
 
 The feedback pass runs `observe` once, which ends with the scores and hands out what each adapted module was given, and `pull_back` once,
 which holds the vector-Jacobian products of these modules, `packaging.graphs`. Between the two, deltas come from the maps in NumPy. It costs
-one forward pass and one run of the adapted modules with about twice their own work. What lives from the first to the second beyond a layer's
-activations is the modules' inputs and their deltas, 8 bytes for each of B · T · H values and each module, and the masks.
+one forward pass and one run of the adapted modules with about twice their own work. What lives from the first to the second beyond a
+layer's activations is the modules' inputs and their deltas, 8 bytes for each of B · T · H values and each module, and the masks.
 
 Dimension key: P points, B examples, T tokens, H hidden size, C classes, n trainable parameters.
 """
