@@ -56,14 +56,21 @@ def ia3_with_head(_onnx_run, directory):
     assert "MiB" in result.output
     config = tiny(RuntimeName.ONNX)
     model = replace(
-        config.model, adapter=AdapterKind.IA3, target_modules=("k_proj", "v_proj"), objective=Objective.HEAD, last_layers=None, label_words=()
+        config.model,
+        adapter=AdapterKind.IA3,
+        target_modules=("k_proj", "v_proj"),
+        objective=Objective.HEAD,
+        last_layers=None,
+        label_words=(),
     )
     return replace(config, model=model), path
 
 
 def default_model(_onnx_run, directory):
     """MiniLM as the demo has it."""
-    data = replace(RunConfig().data, public=SourceConfig(max_examples=64), private=SourceConfig(max_examples=48), num_test=2, num_validation=2)
+    data = replace(
+        RunConfig().data, public=SourceConfig(max_examples=64), private=SourceConfig(max_examples=48), num_test=2, num_validation=2
+    )
     config = replace(cooperllm.recipe("demo").config, data=data)
     write_device_package(config, Material(config), directory / "package", Variant.FP32)
     return config, directory / "package"
@@ -302,6 +309,8 @@ def test_a_package_is_never_written_over_something(package):
 def test_a_model_whose_every_parameter_is_trained_has_no_package(tmp_path):
     config = tiny(RuntimeName.ONNX, ArmName.MEASURED)
     config = replace(config, model=replace(config.model, adapter=AdapterKind.FULL))
-    with pytest.raises(ConfigError, match=r"model\.adapter: found trained parameters in .* choose --adapter lora or ia3, or --runtime torch"):
+    with pytest.raises(
+        ConfigError, match=r"model\.adapter: found trained parameters in .* choose --adapter lora or ia3, or --runtime torch"
+    ):
         write_device_package(config, Material(config), tmp_path / "package", Variant.FP32)
     assert list(tmp_path.iterdir()) == []

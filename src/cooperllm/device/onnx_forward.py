@@ -173,9 +173,7 @@ def open_package(path: Path | str, *, num_threads: int = 1) -> Package:
     golden = package.manifest.golden
     examples = package.encode(golden.texts, None, golden.labels)
     if [row.tolist() for row in examples.token_ids] != [list(row) for row in golden.token_ids]:
-        raise PackageError(
-            f"{package.path}: this `tokenizers` reads the golden texts as other tokens; install another version"
-        )
+        raise PackageError(f"{package.path}: this `tokenizers` reads the golden texts as other tokens; install another version")
     points = golden_points(package.theta, golden)
     losses = OnnxForward(package, examples, range(len(examples)), None).evaluate(range(len(examples)))[0](points)
     # Written so that a loss that is not a number is refused, too.

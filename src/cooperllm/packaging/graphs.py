@@ -67,7 +67,7 @@ class Losses(nn.Module):
     def forward(self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor) -> Tensor:
         """Returns losses [P, B]; `given` is what the prefix makes, or token ids."""
         model, num_points = self._model, theta.shape[0]
-        rows, masks = _repeated(given, num_points), _repeated(mask, num_points)
+        rows, masks = _repeated(given, theta), _repeated(mask, theta)
         with points_beside(self.network, model.layout, theta):
             scores = _scores(model, rows, masks)
         logarithms = torch.log_softmax(scores.reshape(num_points, -1, model.num_classes) + shift, 2)
@@ -168,9 +168,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x @ weight.T if bias is None else x @ weight.T + bias
 
 
-def _repeated(rows: Tensor, count: int) -> Tensor:
+def _repeated(rows: Tensor, theta: Tensor) -> Tensor:
     """The whole batch once for each point."""
-    return rows[None].expand(count, *rows.shape).reshape(-1, *rows.shape[1:])
+    return rows[None].expand(theta.shape[0], *rows.shape).reshape(-1, *rows.shape[1:])
 
 
 def _scores(model: Model, given: Tensor, mask: Tensor, call: Callable[[Any], Tensor] | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """From traced modules to ONNX graphs whose sizes P, B and T stay open."""
 
+import logging
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,8 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
 @contextmanager
 def _tracing(model: Model) -> Generator[None]:
     """Within it, a network runs operations that have open sizes in a trace; what cannot be traced is the model's, and is said so."""
+    threshold = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of sizes that are always 1, and of packages that nothing here needs
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), only_label_words(model.network), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -79,6 +82,8 @@ def _tracing(model: Model) -> Generator[None]:
             f"model.name: {model.config.name!r} could not be written as an ONNX graph ({str(error).strip().splitlines()[0]}); "
             "its devices need --runtime torch"
         ) from error
+    finally:
+        logging.disable(threshold)
 
 
 def _onnx(
