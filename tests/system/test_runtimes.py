@@ -186,11 +186,15 @@ def test_maps_of_another_model_are_refused(pair, name):
         pair.runtimes[name].estimate(pair.theta, CHOSEN, strange)
 
 
-def test_a_memory_budget_makes_passes_smaller_and_changes_nothing(pair):
-    widths, wide = pair.package.manifest.widths, pair.onnx.evaluate(CHOSEN)
-    small = OnnxForward(pair.package, pair.examples, pair.onnx.shard, widths.activation_mib(1, 8), 1.0).evaluate(CHOSEN)
-    assert (wide[1], small[1]) == (2, 1)
-    np.testing.assert_allclose(small[0](pair.theta[None]), wide[0](pair.theta[None]), atol=2e-6)
+def test_a_memory_budget_decides_how_passes_are_cut_and_changes_nothing(pair):
+    widths, given = pair.package.manifest.widths, points(pair, 2)
+    small, large = (
+        OnnxForward(pair.package, pair.examples, pair.onnx.shard, budget, 1.0).evaluate(CHOSEN)
+        for budget in (widths.activation_mib(1, 8), 4 * widths.activation_mib(1, pair.package.manifest.max_tokens))
+    )
+    assert (small[1], pair.onnx.evaluate(CHOSEN)[1]) == (1, 1)
+    assert large[1] >= 4
+    np.testing.assert_allclose(small[0](given), large[0](given), atol=2e-6)
 
 
 def test_what_does_not_fit_the_package_is_refused_in_a_sentence(pair):

@@ -84,8 +84,7 @@ class RunConfig:
         checkpoint_every: Rounds between checkpoints, >= 1; the log between them is replayed on resume.
         engine: What carries messages.
         runtime: What computes the devices' forward passes.
-        memory_mib: Memory that the points of one batched pass may take on a device, > 0; None evaluates one point at a time with PyTorch,
-            and small passes of two points with ONNX Runtime.
+        memory_mib: Memory that the points of one batched pass may take on a device, > 0; None evaluates one point at a time.
     """
 
     recipe: str = "demo"

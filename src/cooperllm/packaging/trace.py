@@ -71,8 +71,10 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
 @contextmanager
 def _tracing(model: Model) -> Generator[None]:
     """Within it, a network runs operations that have open sizes in a trace; what cannot be traced is the model's, and is said so."""
-    threshold = logging.root.manager.disable
+    config: Any = model.network.get_submodule("backbone").config
+    threshold, uses_cache = logging.root.manager.disable, getattr(config, "use_cache", None)
     logging.disable(logging.WARNING)  # of sizes that are always 1, and of packages that nothing here needs
+    config.use_cache = False  # a cache that a module has filled in one trace would lengthen its next
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), only_label_words(model.network), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -84,6 +86,7 @@ def _tracing(model: Model) -> Generator[None]:
         ) from error
     finally:
         logging.disable(threshold)
+        config.use_cache = uses_cache
 
 
 def _onnx(
