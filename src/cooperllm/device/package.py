@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 import onnxruntime
 from jaxtyping import Float32, Int64
-from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
+from onnxruntime import InferenceSession, SessionOptions  # pyright: ignore[reportPrivateImportUsage] -- its stubs forget them
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors  # pyright: ignore[reportAttributeAccessIssue] -- compiled
 from tokenizers import Tokenizer
 
 from cooperllm.config import Objective
@@ -21,7 +22,7 @@ from cooperllm.device.manifest import MANIFEST, PACKAGE_VERSION, THETA, TOKENIZE
 from cooperllm.errors import ConfigError, PackageError
 
 LARGEST_MANIFEST_BYTES = 1 << 20
-ERRORS = (
+ERRORS: tuple[type[Exception], ...] = (
     runtime_errors.Fail,
     runtime_errors.InvalidArgument,
     runtime_errors.InvalidGraph,
@@ -65,7 +66,7 @@ class Package:
         self.manifest = manifest
         self.theta = np.fromfile(path / THETA, "<f4").astype(np.float32, copy=False)
         self._num_threads = num_threads
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._sessions: dict[str, InferenceSession] = {}
         self._tokenizer = _tokenizer(path / TOKENIZER)
 
     def run(self, graph: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -83,7 +84,7 @@ class Package:
         """
         try:
             if graph not in self._sessions:
-                self._sessions[graph] = onnxruntime.InferenceSession(self.path / f"{graph}.onnx", self._options())
+                self._sessions[graph] = InferenceSession(self.path / f"{graph}.onnx", self._options())
             session = self._sessions[graph]
             outputs = session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
         except ERRORS as error:
@@ -130,8 +131,8 @@ class Package:
         cut = [self._tokenizer.decode(part, skip_special_tokens=False) for part in parts]
         return self._tokenizer.encode(prompt.format(text=cut[0], text2=cut[1])).ids
 
-    def _options(self) -> onnxruntime.SessionOptions:
-        options = onnxruntime.SessionOptions()
+    def _options(self) -> Any:
+        options: Any = SessionOptions()
         options.intra_op_num_threads = self._num_threads
         options.enable_cpu_mem_arena = False  # an arena keeps the largest pass for ever
         options.enable_mem_pattern = False  # the same, for one shape each

@@ -196,7 +196,8 @@ def only_label_words(network: nn.Module) -> Generator[None]:
         yield
         return
     word_ids = network.word_ids
-    rows: list[Tensor] = [tensor[word_ids].detach() for tensor in (head.weight, head.bias) if tensor is not None]
+    tensors: list[Tensor | None] = [head.weight, head.bias]
+    rows = [tensor[word_ids].detach() for tensor in tensors if tensor is not None]
 
     def chosen(_own: Callable[..., Any], hidden: Tensor) -> Tensor:
         return _linear(hidden, *rows)

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import onnx
 import torch
@@ -98,7 +98,7 @@ def _onnx(
         traced, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False, optimize=True
     )
     assert program is not None, "the exporter returns a program unless it is told to write a file"
-    return cast("onnx.ModelProto", program.model_proto)
+    return program.model_proto
 
 
 def _functional(module: PullBack, arguments: tuple[Tensor, ...]) -> nn.Module:

@@ -9,6 +9,7 @@ example's loss depend on its neighbours; a scale for each row does not.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -97,7 +98,7 @@ def _quantised(node: onnx.NodeProto, weight: onnx.TensorProto, added: dict[str, 
     added.update({name: numpy_helper.from_array(value, name) for name, value in constants.items() if name not in added})
     x, y = node.input[0], node.output[0]
 
-    def step(operator: str, inputs: list[str], output: str, **attributes: int) -> onnx.NodeProto:
+    def step(operator: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
         return helper.make_node(operator, inputs, [output], name=f"{output}.node", **attributes)
 
     return [
