@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import onnxruntime
 from jaxtyping import Float32, Int64
-from onnxruntime import InferenceSession, SessionOptions  # pyright: ignore[reportPrivateImportUsage] -- its stubs forget them
+from onnxruntime import InferenceSession, SessionOptions  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue] -- compiled
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors  # pyright: ignore[reportAttributeAccessIssue] -- compiled
 from tokenizers import Tokenizer
 
