@@ -39,7 +39,7 @@ class ArmConfig:
 
     Attributes:
         name: The method.
-        learning_rate: Step size η, > 0.
+        learning_rate: Step size η, > 0; what is right for Adam, the default, is not for momentum.
         queries: Two-point queries per device and round, >= 1, for every zeroth-order arm.
         column_scale: Half-step μ along a unit direction, > 0.
         random_scale: Half-step μ along a standard normal direction, > 0.
@@ -68,7 +68,7 @@ class ArmConfig:
     """
 
     name: ArmName = ArmName.FEEDBACK
-    learning_rate: float = 0.03
+    learning_rate: float = 0.005
     queries: int = 5
     column_scale: float = 0.03
     random_scale: float = 1e-3
