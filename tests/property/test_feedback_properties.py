@@ -102,18 +102,19 @@ def test_estimates_fold_to_their_weighted_mean_in_any_order(senders, order, bits
     assert encode(Edge(0, range(8), SIZE).fold(asked, shuffled)) == encode(found)
     arrived = [unpack_vector(report.estimate, SIZE).astype(np.float64) for report in reports]
     expected = np.average(arrived, axis=0, weights=[count for _, count in senders])
-    assert (np.abs(unpack_vector(found.estimate, SIZE) - expected) <= bound(expected, bits)).all()
+    assert (np.abs(unpack_vector(found.estimate, SIZE) - expected) <= bound(expected, bits, steps=1)).all()
     weighted = np.average([float(report.energy[0]) for report in reports], weights=[count for _, count in senders])
     assert abs(found.energy[0] - weighted) <= 2 * UNIT * weighted
 
 
-def bound(vector, bits):
-    """Half a step of its block, whose scale is rounded up to float16 by 2⁻¹⁰ or, near 0, by 2⁻²⁴; a few roundings beside it."""
+def bound(vector, bits, steps=0.5):
+    """Half a step of its block (a whole one where rounding is unbiased), whose scale is rounded up to float16 by 2⁻¹⁰ or, near 0, by
+    2⁻²⁴; a few roundings beside it."""
     largest = np.abs(vector).max(initial=0)
     if bits == 32:
         return 4 * UNIT * np.abs(vector) + 2.0**-148 * max(largest, 1)
     blocks = np.abs(np.pad(vector, (0, -len(vector) % BLOCK)).reshape(-1, BLOCK)).max(axis=1).repeat(BLOCK)[: len(vector)]
-    return (blocks / (2 ** (bits - 1) - 1) * (1 + 2.0**-10) + 2.0**-24 * largest) / 2 + 4 * UNIT * largest
+    return (blocks / (2 ** (bits - 1) - 1) * (1 + 2.0**-10) + 2.0**-24 * largest) * steps + 4 * UNIT * largest
 
 
 @given(
@@ -125,6 +126,20 @@ def test_a_vector_comes_back_within_half_a_step_of_its_block(vector, bits):
     assert (np.abs(found.astype(np.float64) - vector) <= bound(vector.astype(np.float64), bits)).all()
     # The largest entry is a scale of its own: a packed vector keeps its size, however quiet or loud it is.
     assert np.abs(found).max() <= np.abs(vector).max() * np.float64(1 + 2.0**-10 + 2.0**-16)
+
+
+@given(
+    vector=arrays.arrays(np.float32, st.sampled_from([1, 3, BLOCK + 5]), elements=st.floats(-(2.0**20), 2.0**20, width=32)),
+    bits=st.sampled_from([4, 8]),
+)
+def test_unbiased_rounding_has_the_vector_as_its_mean(vector, bits):
+    """Over the midpoints of m equal slices of (0, 1) the codes of one entry average to it within 1/(2m) of a step, whatever it is."""
+    slices = 16
+    draws = [unpack_vector(pack_vector(vector, bits, np.full(len(vector), (i + 0.5) / slices)), len(vector)) for i in range(slices)]
+    for found in draws:
+        assert (np.abs(found.astype(np.float64) - vector) <= bound(vector.astype(np.float64), bits, steps=1)).all()
+    error = np.abs(np.mean(draws, axis=0, dtype=np.float64) - vector)
+    assert (error <= bound(vector.astype(np.float64), bits, steps=1 / (2 * slices))).all()
 
 
 @settings(max_examples=200)

@@ -354,6 +354,20 @@ def test_local_steps_walk_and_report_the_mean_of_their_estimates():
     np.testing.assert_allclose(report.energy, first, rtol=100 * UNIT)
 
 
+def test_devices_round_what_they_send_each_by_itself():
+    """The same estimate on two devices: within a step of it and of each other, by noise that each draws again the same."""
+    asked, replica = plan(maps_version=-1, bits=4)
+    asked = replace(asked, guide_hash=digest(np.zeros((0, SIZE), np.float32)))
+    orders = [Order(device_id=device_id, group=0, plan=asked, updates=(), snapshot=None) for device_id in (0, 1, 0)]
+    runtime = Bowl()
+    runtime.num_examples = 1
+    first, second, again = (unpack_vector(run_device(order, replica, runtime, None, None).estimate, SIZE) for order in orders)
+    step = np.abs(replica.theta).max() / 7 * (1 + 2**-10)
+    assert np.abs(first - replica.theta).max() <= step
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
+
+
 class Cliff(Bowl):
     """Estimates that grow tenfold with every step, as on the far wall of a valley that is too narrow for the step."""
 

@@ -27,6 +27,7 @@ from cooperllm.messages import (
     Maps,
     Order,
     Outcome,
+    Packed,
     Plan,
     Probes,
 )
@@ -86,7 +87,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         loss=mean_loss if is_finite else 0.0,
         column_slopes=column_slopes,
         random_slopes=random_slopes,
-        estimate=pack_vector(estimate, bits) if is_finite and estimate is not None else None,
+        estimate=_sent(estimate, bits, order) if is_finite and estimate is not None else None,
         agreement=agreement,
         energy=energy,
         forward_passes=forward_passes,
@@ -156,6 +157,11 @@ def _known_maps(plan: Plan, asked: Feedback, maps: Maps | None) -> Maps | None:
         found = "none" if maps is None else f"version {maps.version}"
         raise ProtocolError(f"round {plan.round_index}: feedback maps of version {asked.maps_version} expected, {found} found")
     return maps
+
+
+def _sent(estimate: Float32[np.ndarray, "n"], bits: int, order: Order) -> Packed:
+    """Rounds an estimate without bias, `algorithm.compression`, eq. (2): each device by noise of its own, so that errors average out."""
+    return pack_vector(estimate, bits, noise.uniform(order.plan.seed, order.device_id, len(estimate)))
 
 
 def _batch(runtime: Runtime, chosen: list[int], losses: list[float]) -> tuple[Evaluate, int]:
