@@ -96,7 +96,14 @@ def test_noise_matches_golden_vectors():
 
 
 def test_streams_keep_their_numbers():
-    assert {stream.name: stream.value for stream in Stream} == {"DIRECTION": 0, "SIGN": 1, "CHOICE": 2, "SEED": 3, "INITIALISATION": 4, "ROUNDING": 5}
+    assert {stream.name: stream.value for stream in Stream} == {
+        "DIRECTION": 0,
+        "SIGN": 1,
+        "CHOICE": 2,
+        "SEED": 3,
+        "INITIALISATION": 4,
+        "ROUNDING": 5,
+    }
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK])
