@@ -199,9 +199,10 @@ def test_slopes_confirm_good_maps(trained):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_blocks_of_shuffled_maps_vanish(trained, seed):
+    """Every factor keeps its size and loses its sign."""
     size = sum(24 * (49 + output) for _, output in trained.model.adapted.sizes)
     values = unpack_vector(trained.maps.factors, size)
-    shuffled = replace(trained.maps, factors=pack_vector(values[noise.permutation(seed, 0, size)], 32))
+    shuffled = replace(trained.maps, factors=pack_vector(values * noise.rademacher(seed, 0, size), 32))
     found = rectified(trained, answered(trained, shuffled))
     for start, stop in trained.fitter.blocks:
         assert np.linalg.norm(found[start:stop]) < 0.25 * np.linalg.norm(trained.gradient[start:stop])
