@@ -148,9 +148,13 @@ def recipe(name: str, data_directory: str = "data") -> Recipe:
 def _with_label_texts(task: Recipe, texts: tuple[str, ...]) -> Recipe:
     """The same task and arms; each class is described by a text, of which validation has chosen the wording at θ_0."""
     model = replace(task.config.model, objective=Objective.LABEL_TEXTS, label_words=texts)
-    arms = {name: replace(arm, learning_rate=LABEL_TEXTS_FACTOR * arm.learning_rate) for name, arm in task.arms.items()}
+    arms = {name: _scaled(arm, LABEL_TEXTS_FACTOR) for name, arm in task.arms.items()}
     config = replace(task.config, recipe=f"{task.config.recipe}-label-texts", model=model, arm=arms[task.config.arm.name])
     return replace(task, config=config, arms=arms)
+
+
+def _scaled(arm: ArmConfig, factor: float) -> ArmConfig:
+    return replace(arm, learning_rate=factor * arm.learning_rate, warm_start_learning_rate=factor * arm.warm_start_learning_rate)
 
 
 def _arms(

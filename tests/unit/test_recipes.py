@@ -23,7 +23,9 @@ def test_a_recipe_with_label_texts_differs_from_its_task_in_how_scores_are_made_
     model = replace(headed.config.model, objective=Objective.LABEL_TEXTS, label_words=compared.config.model.label_words)
     for name in headed.arms:
         with_head, without = headed.with_arm(name), compared.with_arm(name)
-        assert without.arm.learning_rate == 4 * with_head.arm.learning_rate
-        arm = replace(with_head.arm, learning_rate=without.arm.learning_rate)
+        rates = ("learning_rate", "warm_start_learning_rate")
+        scaled = {rate: 4 * getattr(with_head.arm, rate) for rate in rates}
+        assert {rate: getattr(without.arm, rate) for rate in rates} == scaled
+        arm = replace(with_head.arm, **scaled)
         assert without == replace(with_head, recipe=f"{task}-label-texts", model=model, arm=arm)
     assert len(set(model.label_words)) == num_classes
