@@ -20,6 +20,7 @@ from typing import overload
 import numpy as np
 from jaxtyping import Float32, Float64, Int16
 
+from cooperllm.algorithm import noise
 from cooperllm.config import SUPPORTED_BITS
 from cooperllm.errors import ConfigError, DecodeError
 from cooperllm.messages import Packed
@@ -145,6 +146,28 @@ def pack_vector(vector: Float32[np.ndarray, "n"], bits: int, dither: Float64[np.
         array([ 2., -4.], dtype=float32)
     """
     return Packed(scale=_unit_of(vector, bits) if vector.any() else 0.0, payload=pack(vector[None], bits, dither))
+
+
+def pack_unbiased(vector: Float32[np.ndarray, "n"], bits: int, seed: int, index: int) -> Packed:
+    """Encodes one of many vectors that are going to be added up, eq. (2): each by noise of its own, so that errors average out.
+
+    Args:
+        vector: Shape [n].
+        bits: 4, 8 or 32.
+        seed: The round's seed.
+        index: Number of the sender, told apart from every other that sends in the round.
+
+    Returns:
+        The packed vector, see `pack_vector`.
+
+    Raises:
+        ConfigError: If the number of bits is not supported.
+
+    Example:
+        >>> unpack_vector(pack_unbiased(np.array([2.0, -4.0], np.float32), 32, 1, 0), 2)
+        array([ 2., -4.], dtype=float32)
+    """
+    return pack_vector(vector, bits, None if bits == EXACT else noise.uniform(seed, index, len(vector)))
 
 
 def unpack_vector(packed: Packed, size: int) -> Float32[np.ndarray, "n"]:

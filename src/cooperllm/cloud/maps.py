@@ -81,7 +81,7 @@ class MapFitter:
         self._public = public
         self._num_examples = num_examples
         self._num_components = num_components
-        self._rank = min(rank, *(size for _, size in model.adapted.sizes))
+        self._rank = min([rank, *(size for _, size in model.adapted.sizes)])
         self._bits = bits
         self.blocks = model.adapted.blocks(most_blocks)
         self.has_texts = len(public) > 0

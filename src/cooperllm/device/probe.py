@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm import feedback, guidance, noise, replay, zeroth_order
-from cooperllm.algorithm.compression import EXACT, pack_vector
+from cooperllm.algorithm.compression import EXACT, pack_unbiased
 from cooperllm.algorithm.guidance import random_directions
 from cooperllm.algorithm.replay import Replica
 from cooperllm.algorithm.zeroth_order import Evaluate
@@ -27,7 +27,6 @@ from cooperllm.messages import (
     Maps,
     Order,
     Outcome,
-    Packed,
     Plan,
     Probes,
 )
@@ -87,7 +86,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         loss=mean_loss if is_finite else 0.0,
         column_slopes=column_slopes,
         random_slopes=random_slopes,
-        estimate=_sent(estimate, bits, order) if is_finite and estimate is not None else None,
+        estimate=pack_unbiased(estimate, bits, plan.seed, order.device_id) if is_finite and estimate is not None else None,
         agreement=agreement,
         energy=energy,
         forward_passes=forward_passes,
@@ -157,11 +156,6 @@ def _known_maps(plan: Plan, asked: Feedback, maps: Sequence[Maps]) -> Sequence[M
         found = f"version {maps[-1].version}" if maps else "none"
         raise ProtocolError(f"round {plan.round_index}: feedback maps of version {asked.maps_version} expected, {found} found")
     return maps
-
-
-def _sent(estimate: Float32[np.ndarray, "n"], bits: int, order: Order) -> Packed:
-    """Rounds an estimate without bias, `algorithm.compression`, eq. (2): each device by noise of its own, so that errors average out."""
-    return pack_vector(estimate, bits, noise.uniform(order.plan.seed, order.device_id, len(estimate)))
 
 
 def _batch(runtime: Runtime, chosen: list[int], losses: list[float]) -> tuple[Evaluate, int]:

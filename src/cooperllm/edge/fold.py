@@ -12,9 +12,8 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm import noise
 from cooperllm.algorithm.aggregation import merged, weighted_mean, weighted_number
-from cooperllm.algorithm.compression import EXACT, pack_vector, unpack_vector
+from cooperllm.algorithm.compression import EXACT, pack_unbiased, unpack_vector
 from cooperllm.algorithm.maps import joined, missing
 from cooperllm.algorithm.replay import Replica
 from cooperllm.errors import DecodeError
@@ -101,7 +100,6 @@ class Edge:
         nothing = np.zeros(0, np.float32)
         estimates = [estimate for _, outcome, estimate in judged if outcome is Outcome.OK and estimate is not None]
         bits = EXACT if plan.feedback is None else plan.feedback.bits
-        dither = noise.uniform(plan.seed, EDGE_ROUNDING | self.edge_id, self.num_parameters)
         return EdgeReport(
             edge_id=self.edge_id,
             round_index=plan.round_index,
@@ -112,7 +110,7 @@ class Edge:
             column_slopes=weighted_mean([r.column_slopes for r in usable], weights) if usable else nothing,
             column_squares=weighted_mean([r.column_slopes**2 for r in usable], weights) if usable else nothing,
             random_slopes=merged([self._random_slopes(plan, report) for report in usable if len(report.random_slopes)]),
-            estimate=pack_vector(weighted_mean(estimates, weights), bits, dither) if estimates else None,
+            estimate=pack_unbiased(weighted_mean(estimates, weights), bits, plan.seed, EDGE_ROUNDING | self.edge_id) if estimates else None,
             agreement=weighted_mean([r.agreement for r in usable], weights) if usable else nothing,
             energy=weighted_mean([r.energy for r in usable], weights) if usable else nothing,
             forward_passes=max((report.forward_passes for report in reports), default=0),
