@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 import cooperllm
-from cooperllm.config import NO_TEXT, ArmName, EngineName, RunConfig, SourceConfig
+from cooperllm.config import NO_TEXT, ArmName, EngineName, OptimizerKind, RunConfig, SourceConfig
 from cooperllm.progress import Progress
 from cooperllm.report import arms_table, verdict
 
@@ -121,6 +121,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--memory-limit-mib", type=float)
     parser.add_argument("--rate", type=float, help="one learning rate for every arm, instead of the recipe's")
+    parser.add_argument(
+        "--optimizer", choices=[kind.value for kind in OptimizerKind], help="one optimiser for every arm, instead of the recipe's"
+    )
     parser.add_argument("--tune", action="store_true", help="search for every arm's learning rate")
     parser.add_argument("--tune-rounds", type=int, help="rounds of the runs that tune")
     parser.add_argument("--arms", nargs="+", choices=[arm.value for arm in ArmName], help="only these of a row's arms")
@@ -137,6 +140,9 @@ def main() -> None:
                 ]
                 if arguments.rate is not None:
                     configs = [replace(config, arm=replace(config.arm, learning_rate=arguments.rate)) for config in configs]
+                if arguments.optimizer is not None:
+                    kind = OptimizerKind(arguments.optimizer)
+                    configs = [replace(config, optimizer=replace(config.optimizer, kind=kind)) for config in configs]
                 found = cooperllm.compare(
                     configs,
                     path,

@@ -138,6 +138,7 @@ class Assembly:
             self.material.public,
             num_examples=settings.map_examples,
             num_components=settings.map_components,
+            rank=settings.map_rank,
             bits=settings.guide_bits,
             most_blocks=settings.feedback_blocks,
         )

@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from cooperllm.config import SUPPORTED_BITS
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
@@ -88,19 +88,29 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Maps:
-    """The other kind of guide: how the output error reaches the adapted modules, learnt on public text.
+    """The other kind of guide: how the output error reaches the adapted modules, learnt on public text; whole, or what has changed.
 
     Attributes:
         version: Updates in the θ that they were fitted at.
-        contrasts: E, shape [K, C].
-        num_components: Columns c of each basis.
-        values: Basis [H, c] and maps [K, 1 + 2c, D] of each adapted module, packed as one vector.
+        base_version: Version of the maps that these are added to; -1 for whole maps.
+        contrasts: E, shape [K, C]; a difference has those of the whole maps and sends none.
+        num_components: Columns c of each basis; 0 in a difference.
+        basis: V [H, c] of each adapted module, packed as one vector; None in a difference.
+        rank: Rows r of each factor.
+        factors: A [r, K (1 + 2c)] and B [r, D] of each adapted module, packed as one vector.
     """
 
     version: Count
+    base_version: Annotated[int, Meta(ge=-1, le=1 << 32)]
     contrasts: Float32[np.ndarray, "_K _C"]
     num_components: Count
-    values: Packed
+    basis: Packed | None
+    rank: Count
+    factors: Packed
+
+    def __post_init__(self) -> None:
+        if (self.base_version == -1) != (self.basis is not None):
+            raise ValueError(f"maps: base version {self.base_version} found; whole maps (-1) have a basis, and differences have none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,7 +209,7 @@ class Plan:
         probes: Slopes to measure, or None.
         local_training: The alternative to probes, or None.
         feedback: An estimate to make, beside the probes, or None.
-        maps: The maps that `feedback` names, for a receiver that does not have them yet, or None.
+        maps: What a receiver lacks of the maps that `feedback` names: whole maps, differences since, or nothing.
     """
 
     round_index: Count
@@ -215,7 +225,7 @@ class Plan:
     probes: Probes | None = None
     local_training: LocalTraining | None = None
     feedback: Feedback | None = None
-    maps: Maps | None = None
+    maps: tuple[Maps, ...] = ()
     format_version: int = FORMAT_VERSION
 
 

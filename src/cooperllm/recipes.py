@@ -1,8 +1,8 @@
-"""Recipes: functions that return a whole configuration, every arm with the learning rate that was found for it.
+"""Recipes: functions that return a whole configuration, every arm with the optimiser and the learning rate that were found for it.
 
-The default arm has the rate .03 wherever a head is trained, and .12 with label texts: each was chosen once, for few classes (77 want about
-.25, see `docs/log.md`). The other arms of recipes with label texts have four times their rate with a head, which back-propagation prefers
-there.
+Estimates and gradients of back-propagation go to Adam, at one rate for every task: with a head or without one, of two classes or of 77
+(`docs/log.md`). Steps made of slopes go to momentum: along random directions Adam would divide noise by noise. With momentum a rate belongs
+to a task; recipes with label texts have four times that with a head.
 
 The arms `decomfl`, `fedkseed`, `fwdllm` and `warm-start` have that of `mezo-fl` until a search on validation has found theirs.
 
@@ -19,13 +19,20 @@ from cooperllm.config import (
     FederationConfig,
     ModelConfig,
     Objective,
+    OptimizerKind,
     RunConfig,
     SourceConfig,
 )
 from cooperllm.errors import ConfigError
 
 LABEL_TEXTS_FACTOR = 4.0
-"""How much larger rates are without a head."""
+"""How much larger rates of momentum are without a head."""
+
+ADAPTIVE = frozenset({ArmName.FEEDBACK, ArmName.CLOUD_ONLY, ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED})
+"""Arms that recipes give to Adam: those that have an estimate or a gradient for every parameter."""
+
+ADAPTIVE_RATE = 0.005
+"""Adam's step size, the same for all of them: the best of .0025, .005 and .01 wherever a search was made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +52,14 @@ class Recipe:
     needs_data_directory: bool = False
 
     def with_arm(self, name: ArmName) -> RunConfig:
-        """Returns the run with another arm."""
-        return replace(self.config, arm=self.arms[name])
+        """Returns the run with another arm and its optimiser."""
+        kind = OptimizerKind.ADAM if name in ADAPTIVE else OptimizerKind.MOMENTUM
+        return replace(self.config, arm=self.arms[name], optimizer=replace(self.config.optimizer, kind=kind))
 
 
 def demo(_data_directory: str = "") -> Recipe:
     """Reviews written by the embedded generator: the cloud has cameras, phones and kitchens, the devices films, books, hotels and more."""
-    arms = _arms(feedback=0.03, measured=0.05, paper=0.1, unguided=2e-3, cloud_only=0.03, fedavg_bp=0.03)
+    arms = _arms(measured=0.05, paper=0.1, unguided=2e-3, warm_start=0.03)
     # The same words praise a camera and damn a hotel here: the cloud's own gradient gets no say beside what the devices measure.
     arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], public_weight=0.0)
     config = RunConfig(
@@ -62,7 +70,7 @@ def demo(_data_directory: str = "") -> Recipe:
 
 def sentiment_shift(data_directory: str = "data") -> Recipe:
     """Product reviews at the cloud (customer_reviews), film sentences on the devices (sst2): a shift of domain."""
-    arms = _arms(feedback=0.03, measured=0.06, paper=0.4, unguided=1e-3, cloud_only=0.04, fedavg_bp=0.04)
+    arms = _arms(measured=0.06, paper=0.4, unguided=1e-3, warm_start=0.08)
     # Probes mixed from a basis take in the noise of unlike devices (two classes, Dirichlet 0.5); isotropic ones, lightly weighed, hardly.
     arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], basis_size=0, effective_rank=4000.0)
     data = DataConfig(public=SourceConfig(name=f"{data_directory}/customer_reviews"), private=SourceConfig(name=f"{data_directory}/sst2"))
@@ -72,7 +80,7 @@ def sentiment_shift(data_directory: str = "data") -> Recipe:
 
 def missing_topics(data_directory: str = "data") -> Recipe:
     """News topics (ag_news) of which the cloud has seen two of four: missing classes."""
-    arms = _arms(feedback=0.03, measured=0.08, paper=0.1, unguided=1e-3, cloud_only=0.01, fedavg_bp=0.04)
+    arms = _arms(measured=0.08, paper=0.1, unguided=1e-3, warm_start=0.01)
     source = SourceConfig(name=f"{data_directory}/ag_news")
     public = replace(source, keep_labels=("0", "1"), max_examples=400)
     config = RunConfig(recipe="missing-topics", data=DataConfig(public=public, private=source), num_rounds=60, arm=arms[ArmName.FEEDBACK])
@@ -92,7 +100,7 @@ def missing_topics_label_texts(data_directory: str = "data") -> Recipe:
 
 def tiny(_data_directory: str = "") -> Recipe:
     """A two-layer Llama of random weights with label words: it learns little, in seconds, and is for trying things out."""
-    arms = _arms(feedback=0.03, measured=0.03, paper=0.03, unguided=1e-3, cloud_only=0.03, fedavg_bp=0.03)
+    arms = _arms(measured=0.03, paper=0.03, unguided=1e-3, warm_start=0.03)
     arms[ArmName.WARM_START] = replace(arms[ArmName.WARM_START], warm_start_rounds=2)
     model = ModelConfig(
         name="tiny-llama",
@@ -148,17 +156,18 @@ def recipe(name: str, data_directory: str = "data") -> Recipe:
 def _with_label_texts(task: Recipe, texts: tuple[str, ...]) -> Recipe:
     """The same task and arms; each class is described by a text, of which validation has chosen the wording at θ_0."""
     model = replace(task.config.model, objective=Objective.LABEL_TEXTS, label_words=texts)
-    arms = {name: replace(arm, learning_rate=LABEL_TEXTS_FACTOR * arm.learning_rate) for name, arm in task.arms.items()}
+    arms = {name: arm if name in ADAPTIVE else _scaled(arm, LABEL_TEXTS_FACTOR) for name, arm in task.arms.items()}
     config = replace(task.config, recipe=f"{task.config.recipe}-label-texts", model=model, arm=arms[task.config.arm.name])
     return replace(task, config=config, arms=arms)
 
 
-def _arms(
-    *, feedback: float, measured: float, paper: float, unguided: float, cloud_only: float, fedavg_bp: float
-) -> dict[ArmName, ArmConfig]:
-    """Gives every arm its rate; those that step along random directions share one."""
+def _scaled(arm: ArmConfig, factor: float) -> ArmConfig:
+    return replace(arm, learning_rate=factor * arm.learning_rate, warm_start_learning_rate=factor * arm.warm_start_learning_rate)
+
+
+def _arms(*, measured: float, paper: float, unguided: float, warm_start: float) -> dict[ArmName, ArmConfig]:
+    """Gives every arm its rate; those that step along random directions share one, and so do those that Adam scales."""
     rates = {
-        ArmName.FEEDBACK: feedback,
         ArmName.MEASURED: measured,
         ArmName.PAPER: paper,
         ArmName.MEZO_FL: unguided,
@@ -166,8 +175,5 @@ def _arms(
         ArmName.FEDKSEED: unguided,
         ArmName.FWDLLM: unguided,
         ArmName.WARM_START: unguided,
-        ArmName.CLOUD_ONLY: cloud_only,
-        ArmName.FEDAVG_BP: fedavg_bp,
-        ArmName.FEDAVG_BP_CHECKPOINTED: fedavg_bp,
-    }
-    return {name: ArmConfig(name=name, learning_rate=rate, warm_start_learning_rate=cloud_only) for name, rate in rates.items()}
+    } | dict.fromkeys(ADAPTIVE, ADAPTIVE_RATE)
+    return {name: ArmConfig(name=name, learning_rate=rates[name], warm_start_learning_rate=warm_start) for name in ArmName}

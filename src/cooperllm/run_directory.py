@@ -45,7 +45,7 @@ class Checkpoint:
         config_hash: Digest of the configuration it belongs to.
         snapshot: Replica.
         pool: The cloud's pooled public gradients, newest first.
-        maps: The cloud's feedback maps in use, or None.
+        maps: The cloud's feedback maps in use, whole ones and the differences since.
         good: Where a diverged run would go back to.
     """
 
@@ -53,7 +53,7 @@ class Checkpoint:
     config_hash: Digest
     snapshot: Snapshot
     pool: tuple[Float32[np.ndarray, "_n"], ...]
-    maps: Maps | None
+    maps: tuple[Maps, ...]
     good: Good
 
 

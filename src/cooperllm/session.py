@@ -291,6 +291,7 @@ def arm_summary(config: RunConfig, rounds: Sequence[Mapping[str, Any]], clock: D
         "arm": config.arm.name.value,
         "finished": len(rounds) == config.num_rounds,
         "rounds": len(rounds),
+        "optimizer": config.optimizer.kind.value,
         "learning_rate": config.arm.learning_rate,
         "final_accuracy": curve[-1][1] if curve else None,
         "best_accuracy": max((accuracy for _, accuracy in curve), default=None),

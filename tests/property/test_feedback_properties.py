@@ -3,7 +3,6 @@
 Run: pytest tests/property/test_feedback_properties.py
 """
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,13 +14,13 @@ from hypothesis.extra import numpy as arrays
 from cooperllm.algorithm import feedback, noise, replay
 from cooperllm.algorithm.compression import BLOCK, pack_vector, unpack_vector
 from cooperllm.algorithm.guidance import digest
-from cooperllm.algorithm.maps import ModuleMaps, pack_maps, unpack_maps
+from cooperllm.algorithm.maps import Fitted, pack_basis, pack_factors, unpack_maps
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.probe import run_device
 from cooperllm.edge import Edge
 from cooperllm.errors import DecodeError
 from cooperllm.link.codec import encode
-from cooperllm.messages import Feedback, Order, Packed
+from cooperllm.messages import Feedback, Maps, Order, Packed
 
 UNIT = 2.0**-24
 SIZE = 24
@@ -65,7 +64,7 @@ def test_a_device_alone_projects_its_gradient_onto_each_block_of_its_estimate(gr
     blocks = list(pairwise(cuts))
     asked, replica = plan(blocks)
     order = Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None)
-    report = run_device(order, replica, LinearLoss(gradient, estimated.copy()), None, None)
+    report = run_device(order, replica, LinearLoss(gradient, estimated.copy()), None, ())
     found = feedback.rectified(estimated, blocks, feedback.gains(report.agreement, report.energy)).astype(np.float64)
     for start, stop in blocks:
         part, wide = gradient[start:stop].astype(np.float64), estimated[start:stop].astype(np.float64)
@@ -102,18 +101,19 @@ def test_estimates_fold_to_their_weighted_mean_in_any_order(senders, order, bits
     assert encode(Edge(0, range(8), SIZE).fold(asked, shuffled)) == encode(found)
     arrived = [unpack_vector(report.estimate, SIZE).astype(np.float64) for report in reports]
     expected = np.average(arrived, axis=0, weights=[count for _, count in senders])
-    assert (np.abs(unpack_vector(found.estimate, SIZE) - expected) <= bound(expected, bits)).all()
+    assert (np.abs(unpack_vector(found.estimate, SIZE) - expected) <= bound(expected, bits, steps=1)).all()
     weighted = np.average([float(report.energy[0]) for report in reports], weights=[count for _, count in senders])
     assert abs(found.energy[0] - weighted) <= 2 * UNIT * weighted
 
 
-def bound(vector, bits):
-    """Half a step of its block, whose scale is rounded up to float16 by 2⁻¹⁰ or, near 0, by 2⁻²⁴; a few roundings beside it."""
+def bound(vector, bits, steps=0.5):
+    """Half a step of its block (a whole one where rounding is unbiased), whose scale is rounded up to float16 by 2⁻¹⁰ or, near 0, by
+    2⁻²⁴; a few roundings beside it."""
     largest = np.abs(vector).max(initial=0)
     if bits == 32:
         return 4 * UNIT * np.abs(vector) + 2.0**-148 * max(largest, 1)
     blocks = np.abs(np.pad(vector, (0, -len(vector) % BLOCK)).reshape(-1, BLOCK)).max(axis=1).repeat(BLOCK)[: len(vector)]
-    return (blocks / (2 ** (bits - 1) - 1) * (1 + 2.0**-10) + 2.0**-24 * largest) / 2 + 4 * UNIT * largest
+    return (blocks / (2 ** (bits - 1) - 1) * (1 + 2.0**-10) + 2.0**-24 * largest) * steps + 4 * UNIT * largest
 
 
 @given(
@@ -127,28 +127,50 @@ def test_a_vector_comes_back_within_half_a_step_of_its_block(vector, bits):
     assert np.abs(found).max() <= np.abs(vector).max() * np.float64(1 + 2.0**-10 + 2.0**-16)
 
 
+@given(
+    vector=arrays.arrays(np.float32, st.sampled_from([1, 3, BLOCK + 5]), elements=st.floats(-(2.0**20), 2.0**20, width=32)),
+    bits=st.sampled_from([4, 8]),
+)
+def test_unbiased_rounding_has_the_vector_as_its_mean(vector, bits):
+    """Over the midpoints of m equal slices of (0, 1) the codes of one entry average to it within 1/(2m) of a step, whatever it is."""
+    slices = 16
+    draws = [unpack_vector(pack_vector(vector, bits, np.full(len(vector), (i + 0.5) / slices)), len(vector)) for i in range(slices)]
+    for found in draws:
+        assert (np.abs(found.astype(np.float64) - vector) <= bound(vector.astype(np.float64), bits, steps=1)).all()
+    error = np.abs(np.mean(draws, axis=0, dtype=np.float64) - vector)
+    assert (error <= bound(vector.astype(np.float64), bits, steps=1 / (2 * slices))).all()
+
+
 @settings(max_examples=200)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), max_size=4),
     width=st.one_of(st.integers(0, 9), st.just(1 << 32)),
+    rank=st.one_of(st.integers(0, 9), st.just(1 << 32)),
     num_contrasts=st.integers(0, 3),
     num_classes=st.integers(0, 4),
     cut=st.integers(-40, 40),
     scale=st.floats(0, 1e30),
 )
-def test_maps_from_anywhere_fit_the_model_or_are_refused(sizes, width, num_contrasts, num_classes, cut, scale):
-    maps = [ModuleMaps(basis=drawn(index, 6, 2), maps=drawn(index + 2, 2, 5, 4)) for index in (1, 2)]
-    sent = pack_maps(1, np.zeros((2, 3), np.float32), maps, 8)
-    payload = sent.values.payload[:cut] if cut < 0 else sent.values.payload + bytes(cut)
-    values = Packed(scale=scale, payload=payload)
-    changed = replace(sent, contrasts=np.zeros((num_contrasts, num_classes), np.float32), num_components=width, values=values)
+def test_maps_from_anywhere_fit_the_model_or_are_refused(sizes, width, rank, num_contrasts, num_classes, cut, scale):
+    basis = pack_basis([drawn(index, 6, 2) for index in (1, 2)], 8)
+    sent = pack_factors([Fitted(maps=drawn(index, 2, 5, 4), xx=np.eye(5)) for index in (3, 4)], 3)
+    payload = sent.payload[:cut] if cut < 0 else sent.payload + bytes(cut)
+    changed = Maps(
+        version=1,
+        base_version=-1,
+        contrasts=np.zeros((num_contrasts, num_classes), np.float32),
+        num_components=width,
+        basis=basis,
+        rank=rank,
+        factors=Packed(scale=scale, payload=payload),
+    )
     try:
-        found = unpack_maps(changed, sizes, 3)
+        found = unpack_maps([changed], sizes, 3)
     except DecodeError:
         return
-    # As many numbers may fit another model of the same size; the payload's length is what a receiver can check.
-    entries = sum(size * width + num_contrasts * (1 + 2 * width) * output for size, output in sizes)
-    assert (num_classes, cut, entries) == (3, 0, 2 * (12 + 40))
+    # As many numbers may fit another model of the same size; the payloads' lengths are what a receiver can check.
+    assert (num_classes, cut, sum(size * width for size, _ in sizes)) == (3, 0, 2 * 12)
+    assert sum(rank * (num_contrasts * (1 + 2 * width) + output) for _, output in sizes) == 2 * 3 * (10 + 4)
     assert [(one.basis.shape, one.maps.shape) for one in found] == [
         ((size, width), (num_contrasts, 1 + 2 * width, output)) for size, output in sizes
     ]

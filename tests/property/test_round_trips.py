@@ -85,7 +85,10 @@ PACKED = fields_of(Packed, scale=st.floats(0, 1e30), payload=st.binary(max_size=
 MATRICES = st.tuples(st.integers(0, 3), st.integers(0, 3)).flatmap(
     lambda shape: arrays.arrays(np.float32, shape, elements=st.floats(width=32))
 )
-MAPS = fields_of(Maps, version=COUNTS, contrasts=MATRICES, num_components=COUNTS, values=PACKED)
+ANY_MAPS = {"version": COUNTS, "contrasts": MATRICES, "num_components": COUNTS, "rank": COUNTS, "factors": PACKED}
+MAPS = fields_of(Maps, base_version=st.just(-1), basis=PACKED, **ANY_MAPS) | fields_of(
+    Maps, base_version=COUNTS, basis=st.none(), **ANY_MAPS
+)
 EDGES = st.lists(COUNTS, max_size=5, unique=True).map(sorted)
 BLOCKS = EDGES.map(lambda edges: tuple(pairwise(edges)))
 FEEDBACK = fields_of(Feedback, maps_version=VERSIONS, blocks=BLOCKS, bits=st.sampled_from([4, 8, 32]), slope_scale=POSITIVE)
@@ -118,7 +121,7 @@ PLANS = fields_of(
     probes=st.none() | PROBES,
     local_training=st.none() | TRAINING,
     feedback=st.none() | FEEDBACK,
-    maps=st.none() | MAPS,
+    maps=few(MAPS),
 )
 CHOSEN = fields_of(Chosen, seed=SEEDS, group=COUNTS, positions=few(COUNTS))
 TERMS = fields_of(RandomTerm, group=COUNTS, coefficients=ANY) | few(COUNTS).flatmap(

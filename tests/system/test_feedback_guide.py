@@ -64,7 +64,7 @@ def trained():
     public, private = (model.encode(part.texts, None, part.labels) for part in (task.public, task.private))
     device = TorchForward(model, private, range(len(private)), None)
     theta, _ = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 1.0)
-    fitter = MapFitter(model, public, num_examples=96, num_components=24, bits=8, most_blocks=2)
+    fitter = MapFitter(model, public, num_examples=96, num_components=24, rank=24, bits=8, most_blocks=2)
     maps, gradient = fitter.fit(theta, 5, 6), true_gradient(model, private, theta)
     return SimpleNamespace(
         model=model, public=public, private=private, device=device, theta=theta, fitter=fitter, maps=maps, gradient=gradient
@@ -88,14 +88,16 @@ def answered(trained, maps, blocks=None, maps_version=6):
     blocks = trained.fitter.blocks if blocks is None else blocks
     plan, replica = asked(trained.theta, blocks, maps_version)
     device = TorchForward(trained.model, trained.private, CHOSEN, None)
-    return run_device(Order(device_id=0, group=0, plan=plan, updates=(), snapshot=None), replica, device, None, maps)
+    return run_device(
+        Order(device_id=0, group=0, plan=plan, updates=(), snapshot=None), replica, device, None, [] if maps is None else [maps]
+    )
 
 
 # Estimates against back-propagation.
 
 
 def test_maps_fitted_on_public_texts_give_the_gradient_of_private_ones(trained):
-    found = trained.device.estimate(trained.theta, CHOSEN, trained.maps)[0]
+    found = trained.device.estimate(trained.theta, CHOSEN, [trained.maps])[0]
     adapters = slice(0, trained.fitter.blocks[-1][1])
     assert cosine(found, trained.gradient) > 0.95
     # By chance two vectors of 24 576 numbers have a cosine near 0.006.
@@ -109,8 +111,8 @@ def test_maps_fitted_on_the_very_texts_give_the_gradient_of_every_factor():
     model = models.load(ModelConfig(), 3)
     examples = model.encode(["A stirring film.", "It fell apart quickly.", "Fine.", "Cold room, lovely bed."], None, [0, 2, 1, 1])
     theta = model.initial_parameters(3) + 0.02 * np.sin(np.arange(model.layout.size, dtype=np.float32))
-    maps = MapFitter(model, examples, num_examples=4, num_components=30, bits=32, most_blocks=2).fit(theta, 0, 1)
-    found = TorchForward(model, examples, range(4), None).estimate(theta, range(4), maps)[0]
+    maps = MapFitter(model, examples, num_examples=4, num_components=30, rank=384, bits=32, most_blocks=2).fit(theta, 0, 1)
+    found = TorchForward(model, examples, range(4), None).estimate(theta, range(4), [maps])[0]
     gradient = true_gradient(model, examples, theta, range(4))
     assert maps.contrasts.shape == (2, 3)
     for start, stop in list(model.layout.ranges.values())[:-2]:
@@ -126,8 +128,8 @@ def test_with_label_texts_maps_alone_give_the_gradient():
     public, private = (model.encode(part.texts, None, part.labels) for part in (task.public, task.private))
     device = TorchForward(model, private, range(len(private)), None)
     theta, _ = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 0.1)
-    fitter = MapFitter(model, public, num_examples=96, num_components=24, bits=8, most_blocks=2)
-    found, gradient = device.estimate(theta, CHOSEN, fitter.fit(theta, 5, 6))[0], true_gradient(model, private, theta)
+    fitter = MapFitter(model, public, num_examples=96, num_components=24, rank=24, bits=8, most_blocks=2)
+    found, gradient = device.estimate(theta, CHOSEN, [fitter.fit(theta, 5, 6)])[0], true_gradient(model, private, theta)
     assert model.adapted.head is None
     assert fitter.blocks[-1][1] == len(theta)
     # By chance two vectors of 24 576 numbers have a cosine near 0.006.
@@ -138,7 +140,7 @@ def test_with_label_texts_maps_alone_give_the_gradient():
 
 @pytest.mark.parametrize("has_maps", [False, True])
 def test_the_heads_estimate_is_exact_with_and_without_maps(trained, has_maps):
-    found = trained.device.estimate(trained.theta, CHOSEN, trained.maps if has_maps else None)[0]
+    found = trained.device.estimate(trained.theta, CHOSEN, [trained.maps] if has_maps else [])[0]
     adapters = trained.model.adapted
     # Scores of two passes differ by up to 2e-6, probabilities by half of that, and pooled states are below 2.
     for start, stop in (adapters.head.weight, adapters.head.bias):
@@ -150,8 +152,8 @@ def test_the_heads_estimate_is_exact_with_and_without_maps(trained, has_maps):
 
 def test_an_estimate_is_the_mean_of_its_examples_estimates(trained):
     """Padding and neighbours change nothing."""
-    together = trained.device.estimate(trained.theta, CHOSEN[:4], trained.maps)[0]
-    alone = np.mean([trained.device.estimate(trained.theta, [index], trained.maps)[0] for index in CHOSEN[:4]], axis=0)
+    together = trained.device.estimate(trained.theta, CHOSEN[:4], [trained.maps])[0]
+    alone = np.mean([trained.device.estimate(trained.theta, [index], [trained.maps])[0] for index in CHOSEN[:4]], axis=0)
     # Scores move by 2e-5 with padding.
     assert np.linalg.norm(together - alone) < 1e-4 * np.linalg.norm(alone)
 
@@ -163,16 +165,16 @@ def hooks_of(model):
 def test_estimating_leaves_theta_and_the_network_alone(trained):
     before = trained.theta.tobytes()
     hooks = hooks_of(trained.model)
-    first = trained.device.estimate(trained.theta, CHOSEN, trained.maps)[0]
+    first = trained.device.estimate(trained.theta, CHOSEN, [trained.maps])[0]
     trained.fitter.fit(trained.theta, 5, 6)
-    assert trained.device.estimate(trained.theta, CHOSEN, trained.maps)[0].tobytes() == first.tobytes()
+    assert trained.device.estimate(trained.theta, CHOSEN, [trained.maps])[0].tobytes() == first.tobytes()
     assert trained.theta.tobytes() == before
     assert hooks_of(trained.model) == hooks
 
 
 def test_labels_play_no_part_in_the_maps(trained):
     lied = models.Examples(token_ids=trained.public.token_ids, labels=1 - trained.public.labels, states=trained.public.states)
-    fitter = MapFitter(trained.model, lied, num_examples=96, num_components=24, bits=8, most_blocks=2)
+    fitter = MapFitter(trained.model, lied, num_examples=96, num_components=24, rank=24, bits=8, most_blocks=2)
     assert encode(fitter.fit(trained.theta, 5, 6)) == encode(trained.maps)
 
 
@@ -195,14 +197,17 @@ def test_slopes_confirm_good_maps(trained):
         assert np.linalg.norm(found[start:stop] - gradient) < 0.7 * np.linalg.norm(gradient)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_blocks_of_shuffled_maps_vanish(trained, seed):
-    size = sum(given * 24 + 49 * output for given, output in trained.model.adapted.sizes)
-    values = unpack_vector(trained.maps.values, size)
-    shuffled = replace(trained.maps, values=pack_vector(values[noise.permutation(seed, 0, size)], 32))
-    found = rectified(trained, answered(trained, shuffled))
-    for start, stop in trained.fitter.blocks:
-        assert np.linalg.norm(found[start:stop]) < 0.25 * np.linalg.norm(trained.gradient[start:stop])
+def test_what_random_maps_leave_of_a_block_is_a_chance_alignment(trained):
+    size = sum(24 * (49 + output) for _, output in trained.model.adapted.sizes)
+    shares = []
+    for seed in range(1, 9):
+        random = replace(trained.maps, factors=pack_vector(noise.gaussian(seed, 0, size), 32))
+        found = rectified(trained, answered(trained, random))
+        norms = [(np.linalg.norm(found[start:stop]), np.linalg.norm(trained.gradient[start:stop])) for start, stop in trained.fitter.blocks]
+        shares += [(part / whole) ** 2 for part, whole in norms]
+    # A projection of the gradient, so never longer than it; of the energy two per cent were seen, of good maps' it is most.
+    assert max(shares) <= 1.1
+    assert np.mean(shares) < 0.05
 
 
 @pytest.mark.parametrize("found", [None, "older"])
@@ -254,7 +259,7 @@ def test_adapters_and_a_head_are_seen_completely_and_a_whole_model_is_not(adapte
 
 def tiny(**changes):
     config = replace(cooperllm.recipe("tiny").with_arm(ArmName.FEEDBACK), engine=EngineName.LOOPBACK, num_rounds=5)
-    return replace(config, arm=replace(config.arm, map_examples=64, map_components=8, basis_size=8), **changes)
+    return replace(config, arm=replace(config.arm, map_examples=64, map_components=8, map_rank=8, basis_size=8), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +313,7 @@ class Watched(Loopback):
         self.maps = []
 
     def exchange(self, orders):
-        self.maps.append({order.device_id: order.plan.maps.version for order in orders if order.plan.maps is not None})
+        self.maps.append({order.device_id: [maps.version for maps in order.plan.maps] for order in orders if order.plan.maps})
         return super().exchange(orders)
 
 
@@ -318,10 +323,60 @@ def test_maps_travel_only_to_devices_that_do_not_have_them(tmp_path):
     assembly = assemble(RunDirectory.create(tmp_path / "run", config))
     cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
     results = [run_round(cloud, edges, link) for _ in range(5)]
-    assert link.maps == [{0: 0, 1: 0}, {0: 1, 1: 1}, {0: 2, 1: 2}, {}, {0: 4, 1: 4}]
-    saved = 2 * len(cloud.maps().values.payload)
+    assert link.maps == [{0: [0], 1: [0]}, {0: [1], 1: [1]}, {0: [2], 1: [2]}, {}, {0: [4], 1: [4]}]
+    saved = 2 * len(cloud.maps()[0].factors.payload)
     assert results[2].bytes_down - results[3].bytes_down > saved
     assert results[2].bytes_between - results[3].bytes_between > saved / 2
+
+
+def often(**changes):
+    """Whole maps at versions 0 and 1, differences at 2, 3, 4, 5 and so on: map_refresh 1."""
+    config = tiny(**changes)
+    return replace(config, arm=replace(config.arm, map_refresh=1))
+
+
+def test_a_refresh_sends_what_has_changed_and_a_newcomer_everything(tmp_path):
+    """One of three devices takes part in a round: the whole maps and the differences that it has not had."""
+    federation = replace(tiny().federation, num_devices=3, num_edges=1, devices_per_round=1)
+    assembly = assemble(RunDirectory.create(tmp_path / "run", often(federation=federation, num_rounds=9)))
+    cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
+    expected, held = [], {}
+    for version in range(9):
+        run_round(cloud, edges, link)
+        chain = [version] if version < 2 or version == 8 else list(range(1, version + 1))
+        ((device_id, sent),) = link.maps[-1].items()
+        known = held.get(device_id, -1)
+        expected.append(chain[chain.index(known) + 1 :] if known in chain else chain)
+        held[device_id] = version
+        assert sent == expected[-1]
+        assert [maps.version for maps in cloud.maps()] == chain
+    assert len({len(sent) for sent in expected}) > 2
+
+
+@pytest.mark.parametrize(("stop", "keeps_checkpoint"), [(3, True), (4, True), (4, False)])
+def test_a_run_interrupted_between_differences_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, stop, keeps_checkpoint):
+    cooperllm.run(often(), tmp_path / "whole")
+    with pytest.raises(Interrupt):
+        cooperllm.run(often(), tmp_path / "cut", interrupt_after(stop))
+    if not keeps_checkpoint:
+        (tmp_path / "cut" / "checkpoint.bin").unlink(missing_ok=True)
+    cooperllm.resume(tmp_path / "cut")
+    assert (tmp_path / "cut" / "replay.log").read_bytes() == (tmp_path / "whole" / "replay.log").read_bytes()
+
+
+def test_a_difference_mends_maps_that_have_aged(trained):
+    """At another θ: to what is held, mistakes of the codec included, and with the basis of the whole maps."""
+    theta, _ = trained.device.train(trained.theta, [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(4)], 1.0)
+    gradient, adapters = true_gradient(trained.model, trained.private, theta), slice(0, trained.fitter.blocks[-1][1])
+    difference = trained.fitter.fit(theta, 5, 8, [trained.maps])
+    aged, mended, anew = (
+        cosine(trained.device.estimate(theta, CHOSEN, maps)[0][adapters], gradient[adapters])
+        for maps in ([trained.maps], [trained.maps, difference], [trained.fitter.fit(theta, 5, 8)])
+    )
+    assert mended > aged
+    assert mended > anew - 0.05
+    assert (difference.base_version, difference.basis, difference.contrasts.size) == (6, None, 0)
+    assert len(encode(difference)) < 0.8 * len(encode(trained.maps))
 
 
 def test_a_model_that_feedback_cannot_train_is_refused_before_anything_is_written(tmp_path):
@@ -395,7 +450,7 @@ def test_after_a_way_back_maps_are_fitted_anew(tmp_path):
     cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
     for _ in range(7):
         run_round(cloud, edges, link)
-    assert link.maps == [{0: 0, 1: 0}, {}, {0: 2, 1: 2}, {}, {0: 4, 1: 4}, {}, {0: 6, 1: 6}]
+    assert link.maps == [{0: [0], 1: [0]}, {}, {0: [2], 1: [2]}, {}, {0: [4], 1: [4]}, {}, {0: [6], 1: [6]}]
 
 
 @pytest.mark.parametrize("keeps_checkpoint", [True, False])

@@ -26,7 +26,6 @@ from cooperllm.device.onnx_forward import OnnxForward, open_package
 from cooperllm.device.runtime import Runtime, Trainer
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError, DecodeError, PackageError
-from cooperllm.messages import Maps
 from cooperllm.run_directory import RunDirectory
 
 CHOSEN = list(range(8))
@@ -89,7 +88,7 @@ def pair(request, tmp_path_factory):
         "onnx": OnnxForward(package, examples, shard, None, 1.0),
     }
     theta = package.theta + 0.02 * np.sin(np.arange(len(package.theta), dtype=np.float32))
-    maps = MapFitter(model, material.public, num_examples=32, num_components=8, bits=8, most_blocks=2).fit(theta, 1, 1)
+    maps = MapFitter(model, material.public, num_examples=32, num_components=8, rank=8, bits=8, most_blocks=2).fit(theta, 1, 1)
     return SimpleNamespace(material=material, package=package, examples=examples, runtimes=runtimes, theta=theta, maps=maps, **runtimes)
 
 
@@ -142,7 +141,7 @@ def test_slopes_agree_relative_to_the_gradient(pair):
 @pytest.mark.parametrize("has_maps", [False, True])
 def test_estimates_agree(pair, has_maps):
     (first, loss), (second, other) = (
-        runtime.estimate(pair.theta, CHOSEN, pair.maps if has_maps else None) for runtime in pair.runtimes.values()
+        runtime.estimate(pair.theta, CHOSEN, [pair.maps] if has_maps else []) for runtime in pair.runtimes.values()
     )
     assert loss == pytest.approx(other, abs=2e-6)
     assert np.linalg.norm(first - second) <= 1e-5 * np.linalg.norm(first)
@@ -174,16 +173,17 @@ def test_a_runtime_never_moves_what_it_is_given(pair, name):
     before = given.tobytes(), theta.tobytes()
     given.flags.writeable = theta.flags.writeable = name == "torch"  # PyTorch warns of arrays that it must not write to
     runtime.evaluate(CHOSEN)[0](given)
-    first = runtime.estimate(theta, CHOSEN, pair.maps)[0]
+    first = runtime.estimate(theta, CHOSEN, [pair.maps])[0]
     assert (given.tobytes(), theta.tobytes()) == before
-    assert runtime.estimate(theta, CHOSEN, pair.maps)[0].tobytes() == first.tobytes()
+    assert runtime.estimate(theta, CHOSEN, [pair.maps])[0].tobytes() == first.tobytes()
 
 
 @pytest.mark.parametrize("name", ["torch", "onnx"])
 def test_maps_of_another_model_are_refused(pair, name):
-    strange = Maps(version=1, contrasts=np.ones((1, 2), np.float32), num_components=1, values=pack_vector(np.ones(7, np.float32), 32))
+    few = pack_vector(np.ones(7, np.float32), 32)
+    strange = replace(pair.maps, contrasts=np.ones((1, 2), np.float32), num_components=1, basis=few, rank=1, factors=few)
     with pytest.raises(DecodeError):
-        pair.runtimes[name].estimate(pair.theta, CHOSEN, strange)
+        pair.runtimes[name].estimate(pair.theta, CHOSEN, [strange])
 
 
 def test_a_memory_budget_decides_how_passes_are_cut_and_changes_nothing(pair):

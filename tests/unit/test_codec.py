@@ -4,6 +4,7 @@ Run: pytest tests/unit/test_codec.py
 """
 
 import tracemalloc
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -38,7 +39,10 @@ MIB = 1 << 20
 ARRAY = ["<f4", [2], np.array([1, -2], "<f4").tobytes()]
 
 
-VALUES = {"values": {"scale": 1.0, "payload": b""}}
+VALUES = {"scale": 1.0, "payload": b""}
+MAPS = {
+    "version": 1, "base_version": -1, "contrasts": ["<f4", [0, 0], b""], "num_components": 1, "basis": VALUES, "rank": 1, "factors": VALUES,
+}  # fmt: skip
 
 
 def term(array=ARRAY, **changes):
@@ -54,6 +58,9 @@ def nested(depth, opener=b"\x91"):
 PACKED = Packed(scale=0.5, payload=b"CG\x01\x08")
 
 
+WHOLE = Maps(version=4, base_version=-1, contrasts=np.eye(1, 2, dtype=np.float32), num_components=1, basis=PACKED, rank=1, factors=PACKED)
+
+
 def plan():
     return sample_messages.plan(
         seed=(1 << 63) - 1,
@@ -61,7 +68,7 @@ def plan():
         guide=Guide(payload=b"CG\x01", num_columns=1, has_momentum=True),
         probes=Probes(measures_columns=True, num_random=3, grouping=Grouping.EDGE, column_scale=0.5, random_scale=1e-3, blend=0.5),
         feedback=Feedback(maps_version=4, blocks=((0, 2), (2, 5)), bits=8, slope_scale=0.5),
-        maps=Maps(version=4, contrasts=np.eye(1, 2, dtype=np.float32), num_components=1, values=PACKED),
+        maps=(WHOLE, replace(WHOLE, version=9, base_version=4, contrasts=np.zeros((0, 2), np.float32), num_components=0, basis=None)),
     )
 
 
@@ -274,9 +281,14 @@ def test_nesting_of_any_depth_is_refused(depth, opener):
         (plan(), {"feedback": {"maps_version": 0, "blocks": [[0, 1, 2]], "bits": 8, "slope_scale": 0.5}}),
         (plan(), {"feedback": {"maps_version": 0, "blocks": [], "bits": 8, "slope_scale": 0.0}}),
         (plan(), {"feedback": {"maps_version": 0, "blocks": [], "bits": 8, "slope_scale": float("nan")}}),
-        (plan(), {"maps": {"version": 0}}),
-        (plan(), {"maps": {"version": -1, "contrasts": ["<f4", [0, 0], b""], "num_components": 1} | VALUES}),
-        (plan(), {"maps": {"version": 1, "contrasts": ARRAY, "num_components": 1} | VALUES}),
+        (plan(), {"maps": [{"version": 0}]}),
+        (plan(), {"maps": MAPS}),
+        (plan(), {"maps": [MAPS | {"version": -1}]}),
+        (plan(), {"maps": [MAPS | {"base_version": -2}]}),
+        (plan(), {"maps": [MAPS | {"base_version": 0}]}),
+        (plan(), {"maps": [MAPS | {"basis": None}]}),
+        (plan(), {"maps": [MAPS | {"rank": -1}]}),
+        (plan(), {"maps": [MAPS | {"contrasts": ARRAY}]}),
         (update(), {"dense": {"scale": -1.0, "payload": b""}}),
         (update(), {"dense": {"scale": float("nan"), "payload": b""}}),
         (update(), {"dense": {"scale": float("inf"), "payload": b""}}),

@@ -27,7 +27,7 @@ from cooperllm.config import (
 from cooperllm.errors import ConfigError, CooperLLMError
 
 POSITIVE_COUNTS = (
-    *("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh"),
+    *("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_rank", "map_refresh"),
     *("seed_pool_size", "candidates", "warm_start_rounds"),
 )
 RATES = ("learning_rate", "warm_start_learning_rate", "local_learning_rate", "variance_threshold")
@@ -106,7 +106,10 @@ AT_THE_EDGE = [
         ArmConfig,
         {"name": ArmName.MEZO_FL, "queries": 1, "basis_size": 0, "public_weight": 1.0, "blend": 1.0, "effective_rank": 0.0},
     ),
-    (ArmConfig, {"basis_size": 1000, "map_examples": 8, "map_components": 1, "map_refresh": 1, "guide_bits": 4, "estimate_bits": 4}),
+    (
+        ArmConfig,
+        {"basis_size": 1000, "map_examples": 8, "map_components": 1, "map_rank": 1, "map_refresh": 1, "guide_bits": 4, "estimate_bits": 4},
+    ),
     (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 3, "feedback_blocks": 2, "local_steps": 1}),
     (ArmConfig, {"name": ArmName.MEASURED, "queries": 2, "feedback_blocks": 2}),
     (ArmConfig, {"seed_pool_size": 1 << 32, "candidates": 1, "most_held_rounds": 0, "warm_start_rounds": 1}),

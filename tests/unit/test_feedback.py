@@ -17,12 +17,13 @@ from cooperllm.algorithm.compression import HEADER, pack, pack_vector, unpack_ve
 from cooperllm.algorithm.feedback import Moments
 from cooperllm.algorithm.feedback_arm import FeedbackArm
 from cooperllm.algorithm.guidance import digest, orthonormalise, random_directions
-from cooperllm.algorithm.maps import ModuleMaps, pack_maps
+from cooperllm.algorithm.maps import Fitted, pack_basis, pack_factors
 from cooperllm.config import ArmConfig, ArmName, OptimizerConfig
 from cooperllm.device.probe import choose_batch, run_device
 from cooperllm.edge import Edge
+from cooperllm.errors import ProtocolError
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import EdgeReport, Feedback, Grouping, Order, Outcome, Packed, Probes, RandomSlopes
+from cooperllm.messages import EdgeReport, Feedback, Grouping, Maps, Order, Outcome, Packed, Probes, RandomSlopes
 
 UNIT = 2.0**-24
 NOTHING = np.zeros(0, np.float32)
@@ -254,7 +255,7 @@ SIZE, BLOCKS = 64, ((4, 20), (20, 50))
 ARM = ArmConfig(name=ArmName.FEEDBACK, queries=8, estimate_bits=32, column_scale=0.25)
 
 
-def plan(*, blocks=BLOCKS, num_columns=0, num_random=0, maps=None, maps_version=3, cohort=(0, 1), bits=32):
+def plan(*, blocks=BLOCKS, num_columns=0, num_random=0, maps=(), maps_version=3, cohort=(0, 1), bits=32):
     replica = replay.start(drawn(0, SIZE), OptimizerConfig())
     return sample_messages.plan(
         theta_hash=replica.state_hash,
@@ -341,7 +342,7 @@ def test_local_steps_walk_and_report_the_mean_of_their_estimates():
     asked, replica = plan(maps_version=-1)
     no_guide = digest(np.zeros((0, SIZE), np.float32))
     asked = replace(asked, batch_size=1, guide_hash=no_guide, feedback=replace(asked.feedback, num_steps=3, step_size=0.25))
-    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Bowl(), None, None)
+    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Bowl(), None, ())
     point, estimates = replica.theta, []
     for step in range(3):
         found, _ = Bowl().estimate(point, choose_batch(asked, 0, 4, step), None)
@@ -352,6 +353,20 @@ def test_local_steps_walk_and_report_the_mean_of_their_estimates():
     assert (report.num_examples, report.forward_passes) == (3, 2 * 3 + 2 * len(BLOCKS))
     first = [float(estimates[0][a:b] @ estimates[0][a:b]) for a, b in BLOCKS]
     np.testing.assert_allclose(report.energy, first, rtol=100 * UNIT)
+
+
+def test_devices_round_what_they_send_each_by_itself():
+    """The same estimate on two devices: within a step of it and of each other, by noise that each draws again the same."""
+    asked, replica = plan(maps_version=-1, bits=4)
+    asked = replace(asked, guide_hash=digest(np.zeros((0, SIZE), np.float32)))
+    orders = [Order(device_id=device_id, group=0, plan=asked, updates=(), snapshot=None) for device_id in (0, 1, 0)]
+    runtime = Bowl()
+    runtime.num_examples = 1
+    first, second, again = (unpack_vector(run_device(order, replica, runtime, None, ()).estimate, SIZE) for order in orders)
+    step = np.abs(replica.theta).max() / 7 * (1 + 2**-10)
+    assert np.abs(first - replica.theta).max() <= step
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
 
 
 class Cliff(Bowl):
@@ -368,7 +383,7 @@ class Cliff(Bowl):
 def test_no_estimate_of_a_walk_counts_for_more_than_its_first():
     asked, replica = plan(maps_version=-1, blocks=())
     asked = replace(asked, guide_hash=digest(np.zeros((0, SIZE), np.float32)), feedback=replace(asked.feedback, num_steps=3))
-    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Cliff(), None, None)
+    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Cliff(), None, ())
     assert unpack_vector(report.estimate, SIZE) == pytest.approx(10, rel=8 * UNIT)
 
 
@@ -390,7 +405,7 @@ def test_a_vector_is_cut_to_a_length_and_keeps_its_direction(length):
 def test_a_report_tells_the_loss_where_the_round_began():
     asked, replica = plan(maps_version=-1)
     asked = replace(asked, guide_hash=digest(np.zeros((0, SIZE), np.float32)), feedback=replace(asked.feedback, num_steps=3))
-    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Bowl(), None, None)
+    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Bowl(), None, ())
     assert report.loss == squares(replica.theta) / 2
 
 
@@ -463,41 +478,71 @@ def test_an_estimate_of_absurd_size_stops_no_round(scale, value):
     assert decode(encode(found), EdgeReport).num_devices + sum(found.dropped.values()) == 2
 
 
-def maps_of(version):
-    one = ModuleMaps(basis=drawn(30, 6, 2), maps=drawn(31, 1, 5, 4))
-    return pack_maps(version, feedback.contrasts(np.zeros((1, 2), np.float32), 1), [one], 8)
+def maps_of(version, base_version=-1):
+    is_whole = base_version == -1
+    return Maps(
+        version=version,
+        base_version=base_version,
+        contrasts=feedback.contrasts(np.zeros((1, 2), np.float32), 1)[: int(is_whole)],
+        num_components=2 * is_whole,
+        basis=pack_basis([drawn(30, 6, 2)], 8) if is_whole else None,
+        rank=1,
+        factors=pack_factors([Fitted(maps=drawn(31, 1, 5, 4), xx=np.eye(5))], 1),
+    )
 
 
 def maps_in(edge, asked, replica):
-    return {order.device_id: None if order.plan.maps is None else order.plan.maps.version for order in edge.fan_out(asked, replica)}
+    return {order.device_id: [maps.version for maps in order.plan.maps] for order in edge.fan_out(asked, replica)}
 
 
 def test_maps_go_to_each_device_once_and_again_when_there_are_newer_ones():
     edge = Edge(0, [0, 1], SIZE)
-    first, replica = plan(maps=maps_of(3), cohort=(0,))
-    assert maps_in(edge, first, replica) == {0: 3}
+    first, replica = plan(maps=(maps_of(3),), cohort=(0,))
+    assert maps_in(edge, first, replica) == {0: [3]}
     edge.fold(first, [answer(0, first)])
     same, _ = plan()  # the cloud does not repeat itself; device 1 was not in the cohort when the maps came
-    assert maps_in(edge, same, replica) == {0: None, 1: 3}
+    assert maps_in(edge, same, replica) == {0: [], 1: [3]}
     edge.fold(same, [answer(0, same), answer(1, same)])
-    assert maps_in(edge, same, replica) == {0: None, 1: None}
-    newer, _ = plan(maps=maps_of(8), maps_version=8)
-    assert maps_in(edge, newer, replica) == {0: 8, 1: 8}
+    assert maps_in(edge, same, replica) == {0: [], 1: []}
+    newer, _ = plan(maps=(maps_of(8),), maps_version=8)
+    assert maps_in(edge, newer, replica) == {0: [8], 1: [8]}
 
 
 @pytest.mark.parametrize("changes", [{"outcome": Outcome.LOST}, {"round_index": 9}, {"estimate": None}])
 def test_a_device_without_a_usable_answer_gets_the_maps_again(changes):
     edge = Edge(0, [0, 1], SIZE)
-    asked, replica = plan(maps=maps_of(3))
+    asked, replica = plan(maps=(maps_of(3),))
     edge.fan_out(asked, replica)
     edge.fold(asked, [answer(0, asked, **changes)], lost=1)
-    assert maps_in(edge, replace(asked, maps=None), replica) == {0: 3, 1: 3}
+    assert maps_in(edge, replace(asked, maps=()), replica) == {0: [3], 1: [3]}
 
 
 def test_no_maps_travel_before_the_first_fit_or_where_nobody_asks():
     edge = Edge(0, [0], SIZE)
     before, replica = plan(maps_version=-1)
-    assert maps_in(edge, before, replica) == {0: None}
-    with_maps, _ = plan(maps=maps_of(3))
+    assert maps_in(edge, before, replica) == {0: []}
+    with_maps, _ = plan(maps=(maps_of(3),))
     edge.fan_out(with_maps, replica)
-    assert maps_in(edge, replace(with_maps, feedback=None, maps=None), replica) == {0: None}
+    assert maps_in(edge, replace(with_maps, feedback=None, maps=()), replica) == {0: []}
+
+
+def test_a_device_gets_the_differences_that_it_lacks():
+    edge = Edge(0, [0, 1, 2], SIZE)
+    first, replica = plan(maps=(maps_of(8),), maps_version=8, cohort=(0,))
+    assert maps_in(edge, first, replica) == {0: [8]}
+    edge.fold(first, [answer(0, first)])
+    second, _ = plan(maps=(maps_of(16, 8),), maps_version=16, cohort=(0, 1))
+    assert maps_in(edge, second, replica) == {0: [16], 1: [8, 16]}
+    edge.fold(second, [answer(0, second)], lost=1)
+    third, _ = plan(maps=(maps_of(24, 16),), maps_version=24, cohort=(0, 1, 2))
+    assert maps_in(edge, third, replica) == {0: [24], 1: [8, 16, 24], 2: [8, 16, 24]}
+    edge.fold(third, [answer(0, third)], lost=2)
+    whole, _ = plan(maps=(maps_of(32),), maps_version=32, cohort=(0, 1))
+    assert maps_in(edge, whole, replica) == {0: [32], 1: [32]}
+
+
+def test_a_difference_to_maps_that_an_edge_does_not_have_is_refused():
+    edge = Edge(0, [0], SIZE)
+    asked, replica = plan(maps=(maps_of(16, 8),), maps_version=16)
+    with pytest.raises(ProtocolError, match=r"version 16 as a difference to version 8 found, one to any of \[\]"):
+        edge.fan_out(asked, replica)

@@ -69,7 +69,7 @@ def cloud_of(labels, config=None, rounds=0, federation=None):
     """A cloud after some rounds of its own steps."""
     run = RunConfig(arm=config or MEASURED, federation=federation or FederationConfig())
     maker = maker_of(labels, pool_size=run.arm.pool_size)
-    fitter = MapFitter(SoftmaxRegression(), public_of(labels), num_examples=8, num_components=1, bits=8, most_blocks=1)
+    fitter = MapFitter(SoftmaxRegression(), public_of(labels), num_examples=8, num_components=1, rank=1, bits=8, most_blocks=1)
     replica = replay.start(noise.gaussian(8, 0, SIZE), run.optimizer)
     for _ in range(rounds):
         replica = replay.step(replica, noise.gaussian(9, replica.model_version, SIZE), 0.1, run.optimizer)

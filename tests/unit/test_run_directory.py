@@ -37,7 +37,12 @@ def record(index):
 def checkpoint():
     vector = np.arange(4, dtype=np.float32)
     snapshot = Snapshot(model_version=2, theta=vector, moments=(vector,))
-    maps = Maps(version=1, contrasts=np.eye(2, 3, dtype=np.float32), num_components=1, values=pack_vector(vector, 8))
+    packed = pack_vector(vector, 8)
+    shared = {"rank": 1, "factors": packed}
+    maps = (
+        Maps(version=1, base_version=-1, contrasts=np.eye(2, 3, dtype=np.float32), num_components=1, basis=packed, **shared),
+        Maps(version=2, base_version=1, contrasts=np.zeros((0, 3), np.float32), num_components=0, basis=None, **shared),
+    )
     good = Good(theta=vector - 1, loss=0.5)
     known = {"format_version": FORMAT_VERSION, "config_hash": config_hash(RunConfig())}
     return Checkpoint(**known, snapshot=snapshot, pool=(vector, vector + 1), maps=maps, good=good)

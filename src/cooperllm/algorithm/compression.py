@@ -1,6 +1,7 @@
 """Packs the columns of a guide for the link (the first part of the paper's DTC).
 
     q = round(x / s),   s = max|x| over a block of 256 / (2^(b-1) - 1)      (1)  b-bit codes with one float16 scale per block
+    q = floor(x / s + v),   v uniform in (0, 1)                             (2)  E[q s] = x: sums of many senders stay right
 
 Slopes are measured along the decoded direction, so an error of the codec turns a column a little and biases nothing: every replica, the
 cloud included, works with `unpack(pack(columns))`. The step is elementwise, hence the same bits everywhere.
@@ -17,8 +18,9 @@ from copy import copy
 from typing import overload
 
 import numpy as np
-from jaxtyping import Float32, Int16
+from jaxtyping import Float32, Float64, Int16
 
+from cooperllm.algorithm import noise
 from cooperllm.config import SUPPORTED_BITS
 from cooperllm.errors import ConfigError, DecodeError
 from cooperllm.messages import Packed
@@ -32,13 +34,14 @@ LARGEST = 1e30
 EXACT = 32
 
 
-def pack(columns: Float32[np.ndarray, "k n"], bits: int) -> bytes:
-    """Encodes columns, eq. (1).
+def pack(columns: Float32[np.ndarray, "k n"], bits: int, dither: Float64[np.ndarray, "n"] | None = None) -> bytes:
+    """Encodes columns, eq. (1), or eq. (2) where a dither says how to round.
 
     Args:
         columns: Finite rows of any length, shape [k, n], k <= 1024. Each is scaled to a largest entry of 1 first: only directions
             count.
         bits: 4 or 8 for block-scaled codes, 32 for exact float32.
+        dither: v in (0, 1), shape [n]; None rounds to the nearest code. Exact bits ignore it.
 
     Returns:
         `packed_bytes(k, n, bits)` bytes.
@@ -56,7 +59,7 @@ def pack(columns: Float32[np.ndarray, "k n"], bits: int) -> bytes:
     parts = [HEADER.pack(b"CG", 1, bits, num_columns, size)]
     for column in columns:
         unit = column / np.float32(_unit_of(column, bits))
-        parts.append(unit.astype("<f4").tobytes() if bits == EXACT else _quantise(unit, bits))
+        parts.append(unit.astype("<f4").tobytes() if bits == EXACT else _quantise(unit, bits, dither))
     return b"".join(parts)
 
 
@@ -124,12 +127,13 @@ class Rows(Sequence[np.ndarray]):
         return column
 
 
-def pack_vector(vector: Float32[np.ndarray, "n"], bits: int) -> Packed:
-    """Encodes one vector with its length, eq. (1).
+def pack_vector(vector: Float32[np.ndarray, "n"], bits: int, dither: Float64[np.ndarray, "n"] | None = None) -> Packed:
+    """Encodes one vector with its length, eq. (1), or eq. (2) where a dither says how to round.
 
     Args:
         vector: Shape [n].
         bits: 4, 8 or 32.
+        dither: v in (0, 1), shape [n]; None rounds to the nearest code.
 
     Returns:
         The packed vector; a vector with a non-finite entry becomes one that `unpack_vector` refuses.
@@ -141,7 +145,29 @@ def pack_vector(vector: Float32[np.ndarray, "n"], bits: int) -> Packed:
         >>> unpack_vector(pack_vector(np.array([2.0, -4.0], np.float32), 32), 2)
         array([ 2., -4.], dtype=float32)
     """
-    return Packed(scale=_unit_of(vector, bits) if vector.any() else 0.0, payload=pack(vector[None], bits))
+    return Packed(scale=_unit_of(vector, bits) if vector.any() else 0.0, payload=pack(vector[None], bits, dither))
+
+
+def pack_unbiased(vector: Float32[np.ndarray, "n"], bits: int, seed: int, index: int) -> Packed:
+    """Encodes one of many vectors that are going to be added up, eq. (2): each by noise of its own, so that errors average out.
+
+    Args:
+        vector: Shape [n].
+        bits: 4, 8 or 32.
+        seed: The round's seed.
+        index: Number of the sender, told apart from every other that sends in the round.
+
+    Returns:
+        The packed vector, see `pack_vector`.
+
+    Raises:
+        ConfigError: If the number of bits is not supported.
+
+    Example:
+        >>> unpack_vector(pack_unbiased(np.array([2.0, -4.0], np.float32), 32, 1, 0), 2)
+        array([ 2., -4.], dtype=float32)
+    """
+    return pack_vector(vector, bits, None if bits == EXACT else noise.uniform(seed, index, len(vector)))
 
 
 def unpack_vector(packed: Packed, size: int) -> Float32[np.ndarray, "n"]:
@@ -195,7 +221,7 @@ def _unit_of(column: Float32[np.ndarray, "n"], bits: int) -> float:
     return largest if bits != EXACT else math.ldexp(1.0, math.frexp(largest)[1])
 
 
-def _quantise(unit: Float32[np.ndarray, "n"], bits: int) -> bytes:
+def _quantise(unit: Float32[np.ndarray, "n"], bits: int, dither: Float64[np.ndarray, "n"] | None) -> bytes:
     blocks = np.zeros(-(-len(unit) // BLOCK) * BLOCK, np.float32)
     blocks[: len(unit)] = unit
     blocks = blocks.reshape(-1, BLOCK)
@@ -205,7 +231,9 @@ def _quantise(unit: Float32[np.ndarray, "n"], bits: int) -> bytes:
     # A scale rounded down would clip the largest entry, and one rounded to zero would lose its block.
     scales = np.where(scales.astype(np.float32) < exact, np.nextafter(scales, np.float16(np.inf)), scales).astype("<f2")
     divisors = np.where(scales > 0, scales, 1).astype(np.float32)[:, None]
-    codes = np.clip(np.rint(blocks / divisors), -levels, levels).astype(np.int8).reshape(-1)[: len(unit)]
+    ratios = (blocks / divisors).reshape(-1)[: len(unit)]
+    rounded = np.rint(ratios) if dither is None else np.floor(ratios + dither)
+    codes = np.clip(rounded, -levels, levels).astype(np.int8)
     return scales.tobytes() + (codes.tobytes() if bits == 8 else _to_nibbles(codes))
 
 

@@ -38,6 +38,9 @@ from cooperllm.algorithm.guidance import dot
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths tried, as shares of the mean diagonal of the features' second moments."""
 
+REFRESHES_PER_WHOLE = 8
+"""A device that has never taken part receives the whole maps and every difference since: this bounds how many."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokens:
@@ -214,6 +217,11 @@ class Moments:
         """Adds sums of other batches."""
         return Moments(xx=self.xx + other.xx, xy=self.xy + other.xy, yy=self.yy + other.yy)
 
+    def beyond(self, maps: Float32[np.ndarray, "K F D"]) -> "Moments":
+        """Gives the sums of what maps leave unexplained: a fit to them is what has to be added."""
+        held = maps.astype(np.float64)
+        return Moments(xx=self.xx, xy=self.xy - self.xx @ held, yy=self.unexplained(held) * self.yy)
+
     def solve(self, ridge: float) -> Float64[np.ndarray, "K F D"]:
         """Solves eq. (4) for one ridge strength, a share of the mean diagonal of Σ φ φᵀ."""
         damped = self.xx + ridge * max(float(self.xx.diagonal().mean()), 1e-30) * np.eye(len(self.xx))
@@ -325,3 +333,20 @@ def is_refresh(model_version: int, every: int, first: int = 1) -> bool:
     """
     is_power_of_two = model_version & (model_version - 1) == 0
     return model_version >= first and (model_version % every == 0 or (model_version < every and is_power_of_two))
+
+
+def is_whole(model_version: int, every: int) -> bool:
+    """Says whether a refresh sends whole maps: while the model changes fast and few devices hold any, then every so many refreshes.
+
+    Args:
+        model_version: Updates in θ, a version at which maps are refreshed.
+        every: Updates between refreshes in the long run, >= 1.
+
+    Returns:
+        Whether contrasts and bases are chosen anew; otherwise a difference to the maps in use is sent.
+
+    Example:
+        >>> [version for version in range(0, 97, 8) if is_whole(version, 8)]
+        [0, 8, 64]
+    """
+    return model_version <= every or model_version % (REFRESHES_PER_WHOLE * every) == 0

@@ -12,8 +12,8 @@ import torch
 
 from cooperllm.algorithm import feedback, noise
 from cooperllm.algorithm.feedback import Moments
-from cooperllm.algorithm.maps import ModuleMaps, pack_maps
-from cooperllm.messages import Maps
+from cooperllm.algorithm.maps import Fitted, ModuleMaps, pack_basis, pack_factors, unpack_basis, unpack_maps
+from cooperllm.messages import Maps, Packed
 
 MAP_TEXTS = (1 << 61) + 3
 """Noise index that chooses the public texts of a fit."""
@@ -74,23 +74,27 @@ class MapFitter:
         first_version: Updates before which every Jacobian is zero: one, where a head starts at zero.
     """
 
-    def __init__(self, model: WatchedModel, public: Any, *, num_examples: int, num_components: int, bits: int, most_blocks: int) -> None:
+    def __init__(
+        self, model: WatchedModel, public: Any, *, num_examples: int, num_components: int, rank: int, bits: int, most_blocks: int
+    ) -> None:
         self._model = model
         self._public = public
         self._num_examples = num_examples
         self._num_components = num_components
+        self._rank = min([rank, *(size for _, size in model.adapted.sizes)])
         self._bits = bits
         self.blocks = model.adapted.blocks(most_blocks)
         self.has_texts = len(public) > 0
         self.first_version = 0 if model.adapted.head is None else 1
 
-    def fit(self, theta: np.ndarray, seed: int, version: int) -> Maps | None:
-        """Fits the maps at θ.
+    def fit(self, theta: np.ndarray, seed: int, version: int, held: Sequence[Maps] = ()) -> Maps | None:
+        """Fits the maps at θ, or what has changed in them.
 
         Args:
             theta: Current θ, shape [n], not modified.
             seed: Chooses the public texts.
             version: Updates in θ.
+            held: Maps in use, as everybody decodes them, for a difference to them; nothing for whole maps.
 
         Returns:
             Packed maps; None where the model's scores are not finite, so that there is nothing to learn.
@@ -102,7 +106,8 @@ class MapFitter:
         found = self._describe(point, batches)
         if found is None:
             return None
-        contrasts, bases = found
+        contrasts, decoded, basis = self._frame(*found, held)
+        bases = [module.basis for module in decoded]
         kept, held_out = (
             [
                 Moments.zero(1 + 2 * basis.shape[1], len(contrasts), output_size)
@@ -115,9 +120,32 @@ class MapFitter:
             for module, (described, targets) in enumerate(self._examples(point, batch, contrasts, bases)):
                 sums[module].add(described, targets)
         judges = held_out if len(batches) >= HELD_OUT_EVERY else kept
-        fits = [feedback.fit(one, other) for one, other in zip(kept, judges, strict=True)]
-        modules = [ModuleMaps(basis=basis, maps=maps) for basis, (maps, _, _) in zip(bases, fits, strict=True)]
-        return pack_maps(version, contrasts, modules, self._bits)
+        fits = [
+            Fitted(maps=feedback.fit(one.beyond(module.maps), other.beyond(module.maps))[0], xx=one.plus(other).xx)
+            for one, other, module in zip(kept, judges, decoded, strict=True)
+        ]
+        return Maps(
+            version=version,
+            base_version=held[-1].version if held else -1,
+            contrasts=contrasts[:0] if held else contrasts,
+            num_components=0 if held else bases[0].shape[1],
+            basis=basis,
+            rank=self._rank,
+            factors=pack_factors(fits, self._rank),
+        )
+
+    def _frame(
+        self, contrasts: np.ndarray, bases: Sequence[np.ndarray], held: Sequence[Maps]
+    ) -> tuple[np.ndarray, list[ModuleMaps], Packed | None]:
+        """What a fit starts from, as receivers decode it: the maps in use, or a new basis and maps of zero."""
+        sizes = self._model.adapted.sizes
+        if held:
+            return held[0].contrasts, unpack_maps(held, sizes, contrasts.shape[1]), None
+        packed, width = pack_basis(bases, self._bits), bases[0].shape[1]
+        decoded = unpack_basis(packed, [size for size, _ in sizes], width)
+        shapes = [(len(contrasts), 1 + 2 * width, size) for _, size in sizes]
+        modules = [ModuleMaps(basis=basis, maps=np.zeros(shape, np.float32)) for basis, shape in zip(decoded, shapes, strict=True)]
+        return contrasts, modules, packed
 
     def _examples(
         self, point: torch.Tensor, batch: Any, contrasts: np.ndarray, bases: Sequence[np.ndarray]

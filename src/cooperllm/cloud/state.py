@@ -20,6 +20,7 @@ from cooperllm.algorithm.arms import Arm, Coordinates, Measured, Public
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.divergence import Good
 from cooperllm.algorithm.guidance import digest_of, inside
+from cooperllm.algorithm.maps import joined, missing
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud.guide import GuideMaker
 from cooperllm.cloud.maps import MapFitter
@@ -83,8 +84,8 @@ class Cloud:
         self._arm = arm(config.arm.name)
         self._guide_maker = guide_maker
         self._map_fitter = map_fitter
-        self._maps: Maps | None = None
-        self._unfitted: tuple[int, np.ndarray] | None = None
+        self._maps: tuple[Maps, ...] = ()
+        self._unfitted: tuple[tuple[int, np.ndarray], ...] = ()
         self._sent_maps = -1
         self._held: tuple[Update, ...] = ()
         self._losses: tuple[float, ...] = ()
@@ -148,7 +149,7 @@ class Cloud:
         self.replica = replay.apply(self.replica, update, self.config.optimizer)
 
     def restore(
-        self, replica: Replica, pool: Sequence[Float32[np.ndarray, "n"]], maps: Maps | None, good: Good, updates: Sequence[Update]
+        self, replica: Replica, pool: Sequence[Float32[np.ndarray, "n"]], maps: tuple[Maps, ...], good: Good, updates: Sequence[Update]
     ) -> None:
         """Continues from a checkpoint; the updates that it contains say what has been held back and taken back so far."""
         for update in updates:
@@ -194,8 +195,8 @@ class Cloud:
         """Returns the pooled public gradients, for a checkpoint."""
         return self._guide_maker.pool()
 
-    def maps(self) -> Maps | None:
-        """Returns the feedback maps in use, for a checkpoint."""
+    def maps(self) -> tuple[Maps, ...]:
+        """Returns the feedback maps in use, whole ones and the differences since, for a checkpoint."""
         return self._maps
 
     def good(self) -> Good:
@@ -238,28 +239,36 @@ class Cloud:
         """The arm's step size η before anything was taken back."""
         return self._arm.learning_rate(self.config.arm, round_index)
 
-    def _feedback(self) -> tuple[Feedback | None, Maps | None]:
+    def _feedback(self) -> tuple[Feedback | None, tuple[Maps, ...]]:
         """What to ask of the devices' feedback, and the maps where the edges do not have them yet."""
         if not self._arm.has_maps:
-            return None, None
+            return None, ()
         self._note_refresh()
-        if self._unfitted is not None:
-            version, theta = self._unfitted
-            self._maps = self._map_fitter.fit(theta, noise.derive(self.config.seed, version), version) or self._maps
-            self._unfitted = None
-        version = -1 if self._maps is None else self._maps.version
+        for version, theta in self._unfitted:
+            found = self._map_fitter.fit(theta, noise.derive(self.config.seed, version), version, self._maps)
+            self._maps = joined(self._maps, [] if found is None else [found])
+        self._unfitted = ()
+        version = self._maps[-1].version if self._maps else -1
         asked = self._arm.feedback(self._arm_config, version, self._map_fitter.blocks)
-        new_maps = self._maps if version != self._sent_maps else None
+        new_maps = missing(self._maps, self._sent_maps)
         self._sent_maps = version
         return asked, new_maps
 
     def _note_refresh(self) -> None:
-        """Keeps θ where maps are due, and after a way back, since those in use may belong to where it led away from."""
+        """Keeps θ where maps are due, and after a way back, since those in use may belong to where it led away from: whole ones then.
+
+        Whole maps replace all that was fitted before, so that a replayed log fits no more than the differences since. A round that is
+        planned once more, for want of a quorum, has its maps already.
+        """
         version = self.replica.model_version
         fitter, every = self._map_fitter, self.config.arm.map_refresh
         is_due = self._is_back or feedback.is_refresh(version, every, fitter.first_version)
-        if self._arm.has_maps and fitter.has_texts and is_due:
-            self._unfitted = (version, self.replica.theta)
+        is_fitted = bool(self._maps) and self._maps[-1].version == version
+        if not (self._arm.has_maps and fitter.has_texts and is_due) or is_fitted:
+            return
+        if self._is_back or feedback.is_whole(version, every):
+            self._maps, self._unfitted = (), ()
+        self._unfitted = (*self._unfitted, (version, self.replica.theta))
 
     def _note(self, update: Update) -> None:
         """Follows the log, when a round is closed as when it is replayed: rounds without a step, step sizes, losses and the best θ."""

@@ -39,11 +39,11 @@ class ArmConfig:
 
     Attributes:
         name: The method.
-        learning_rate: Step size η, > 0.
+        learning_rate: Step size η, > 0; what is right for Adam, the default, is not for momentum.
         queries: Two-point queries per device and round, >= 1, for every zeroth-order arm.
         column_scale: Half-step μ along a unit direction, > 0.
         random_scale: Half-step μ along a standard normal direction, > 0.
-        guide_bits: Bits per entry of packed columns and maps: 4, 8 or 32.
+        guide_bits: Bits per entry of packed columns and of the bases of maps: 4, 8 or 32.
         public_batch_size: Public examples per round, >= 1.
         basis_size: Measured arm: public examples whose gradients random probes are mixed from, 0 to 1000; 0 leaves them isotropic.
         effective_rank: Measured arm: rank r that shrinks P isotropic probes by P/(P+r), >= 0.
@@ -52,6 +52,7 @@ class ArmConfig:
         estimate_bits: Feedback arm: bits per entry of an estimate on the link: 4, 8 or 32.
         map_examples: Feedback arm: public texts that maps are fitted on, >= 8.
         map_components: Feedback arm: principal components of a layer's input that maps may depend on, >= 1.
+        map_rank: Feedback arm: rank of what one refresh says of a module, >= 1.
         map_refresh: Feedback arm: rounds between two fits in the long run, >= 1.
         blend: Paper's arm: share α of the isotropic part, in (0, 1].
         blend_scale: Paper's arm: length β, > 0.
@@ -68,7 +69,7 @@ class ArmConfig:
     """
 
     name: ArmName = ArmName.FEEDBACK
-    learning_rate: float = 0.03
+    learning_rate: float = 0.005
     queries: int = 5
     column_scale: float = 0.03
     random_scale: float = 1e-3
@@ -81,6 +82,7 @@ class ArmConfig:
     estimate_bits: int = 8
     map_examples: int = 256
     map_components: int = 48
+    map_rank: int = 16
     map_refresh: int = 8
     blend: float = 0.5
     blend_scale: float = 1.0
@@ -100,7 +102,16 @@ class ArmConfig:
         for name in (*rates, "column_scale", "random_scale", "blend_scale"):
             value = getattr(self, name)
             check(0 < value < math.inf, f"arm.{name}", value, "> 0")
-        counts = ("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_refresh")
+        counts = (
+            "queries",
+            "public_batch_size",
+            "pool_size",
+            "local_steps",
+            "feedback_blocks",
+            "map_components",
+            "map_rank",
+            "map_refresh",
+        )
         for name in (*counts, "seed_pool_size", "candidates", "warm_start_rounds"):
             check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
         for name in ("guide_bits", "estimate_bits"):

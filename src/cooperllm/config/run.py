@@ -91,7 +91,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(kind=OptimizerKind.ADAM))
     arm: ArmConfig = field(default_factory=ArmConfig)
     num_rounds: int = 60
     seed: int = 0

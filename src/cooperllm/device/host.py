@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from cooperllm.algorithm import replay
+from cooperllm.algorithm.maps import joined
 from cooperllm.algorithm.replay import Replica
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.probe import catch_up, run_device
@@ -26,7 +27,7 @@ class Host:
         self._replica = replica
         self._optimizer = optimizer
         self._history = history
-        self._maps: Maps | None = None
+        self._maps: tuple[Maps, ...] = ()
 
     def answer(self, data: bytes) -> bytes:
         """Decodes an order, brings the replica to its version, works, and encodes the report."""
@@ -37,6 +38,6 @@ class Host:
                 self._replica = replay.apply(self._replica, update, self._optimizer)
         self._replica = catch_up(self._replica, order, self._optimizer)
         runtime = self._runtimes[order.device_id]
-        self._maps = order.plan.maps or self._maps
+        self._maps = joined(self._maps, order.plan.maps)
         trainer = runtime if isinstance(runtime, Trainer) else None  # one without PyTorch cannot back-propagate
         return encode(run_device(order, self._replica, runtime, trainer, self._maps))

@@ -73,7 +73,9 @@ class OnnxForward:
 
         return losses, points_per_pass
 
-    def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> tuple[Float32[np.ndarray, "n"], float]:
+    def estimate(
+        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Sequence[Maps]
+    ) -> tuple[Float32[np.ndarray, "n"], float]:
         """Runs forward once for the output error, and the adapted modules once more for their parts of the gradient."""
         manifest, point = self._package.manifest, np.ascontiguousarray(theta)
         self._check(point[None])
@@ -81,7 +83,7 @@ class OnnxForward:
             raise ConfigError(
                 f"{self._package.path}: found a package without a feedback pass, expected one; choose another arm than feedback"
             )
-        decoded = None if maps is None else unpack_maps(maps, manifest.sizes, manifest.num_classes)
+        decoded = unpack_maps(maps, manifest.sizes, manifest.num_classes) if maps else ()
         indices = [self.shard[position] for position in chosen]
         result, total = np.zeros_like(point), 0.0
         for batch in self._passes(indices, 1):
@@ -92,8 +94,8 @@ class OnnxForward:
             if manifest.head is not None:
                 result[slice(*manifest.head.weight)] += (error.T @ seen["pooled"]).reshape(-1)
                 result[slice(*manifest.head.bias)] += error.sum(0)
-            if maps is not None and decoded:
-                self._pull_back(result, point, batch["mask"], seen, decoded, error @ maps.contrasts.T)
+            if decoded:
+                self._pull_back(result, point, batch["mask"], seen, decoded, error @ maps[0].contrasts.T)
         return result, total / len(indices)
 
     def _pull_back(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm import feedback, guidance, noise, replay, zeroth_order
-from cooperllm.algorithm.compression import EXACT, pack_vector
+from cooperllm.algorithm.compression import EXACT, pack_unbiased
 from cooperllm.algorithm.guidance import random_directions
 from cooperllm.algorithm.replay import Replica
 from cooperllm.algorithm.zeroth_order import Evaluate
@@ -35,7 +35,7 @@ BATCH_STREAM = 1 << 62
 """Noise indices from here on choose batches, so that no random direction shares a key with them."""
 
 
-def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Trainer | None, maps: Maps | None) -> DeviceReport:
+def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Trainer | None, maps: Sequence[Maps]) -> DeviceReport:
     """Answers a plan with measurements on private data.
 
     Args:
@@ -43,7 +43,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         replica: State at the plan's version; not modified.
         runtime: Forward passes over the private examples.
         trainer: Back-propagation, or None on a device that has none.
-        maps: Feedback maps that the device holds, or None.
+        maps: Feedback maps that the device holds, whole ones and the differences since, or nothing.
 
     Returns:
         The report; a non-finite loss is an outcome, not an exception.
@@ -86,7 +86,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         loss=mean_loss if is_finite else 0.0,
         column_slopes=column_slopes,
         random_slopes=random_slopes,
-        estimate=pack_vector(estimate, bits) if is_finite and estimate is not None else None,
+        estimate=pack_unbiased(estimate, bits, plan.seed, order.device_id) if is_finite and estimate is not None else None,
         agreement=agreement,
         energy=energy,
         forward_passes=forward_passes,
@@ -148,12 +148,12 @@ def _checked_guide(plan: Plan, replica: Replica) -> tuple[Float32[np.ndarray, "k
     return columns, basis
 
 
-def _known_maps(plan: Plan, asked: Feedback, maps: Maps | None) -> Maps | None:
+def _known_maps(plan: Plan, asked: Feedback, maps: Sequence[Maps]) -> Sequence[Maps]:
     """The maps that the plan means; none before the first fit."""
     if asked.maps_version == -1:
-        return None
-    if maps is None or maps.version != asked.maps_version:
-        found = "none" if maps is None else f"version {maps.version}"
+        return ()
+    if not maps or maps[-1].version != asked.maps_version:
+        found = f"version {maps[-1].version}" if maps else "none"
         raise ProtocolError(f"round {plan.round_index}: feedback maps of version {asked.maps_version} expected, {found} found")
     return maps
 
@@ -171,7 +171,7 @@ def _batch(runtime: Runtime, chosen: list[int], losses: list[float]) -> tuple[Ev
 
 
 def _estimate(
-    order: Order, asked: Feedback, replica: Replica, runtime: Runtime, maps: Maps | None
+    order: Order, asked: Feedback, replica: Replica, runtime: Runtime, maps: Sequence[Maps]
 ) -> tuple[Float32[np.ndarray, "n"], Float32[np.ndarray, "n"], int, float]:
     """Walks along estimates, `algorithm.feedback_arm`, eq. (1): their mean, the first one, the examples behind it, the loss at θ."""
     batches = _batches(order, runtime, asked.num_steps)

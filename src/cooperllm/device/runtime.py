@@ -30,13 +30,15 @@ class Runtime(Protocol):
         """
         ...
 
-    def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> tuple[Float32[np.ndarray, "n"], float]:
+    def estimate(
+        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Sequence[Maps]
+    ) -> tuple[Float32[np.ndarray, "n"], float]:
         """Estimates the gradient of a batch's loss with two forward passes, `algorithm.feedback`.
 
         Args:
             theta: θ, not modified.
             chosen: Positions of private examples.
-            maps: The cloud's maps, or None for the head's exact gradient alone.
+            maps: The cloud's maps, whole ones and the differences since, or nothing for the head's exact gradient alone.
 
         Returns:
             (ê [n], 0 where neither maps nor the head say anything; the batch's mean loss).

@@ -83,7 +83,9 @@ class TorchForward:
 
         return losses, points_per_pass
 
-    def estimate(self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Maps | None) -> tuple[Float32[np.ndarray, "n"], float]:
+    def estimate(
+        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Sequence[Maps]
+    ) -> tuple[Float32[np.ndarray, "n"], float]:
         """Runs forward once for the output error, and once more to take each module's part while that module is at hand."""
         model, adapted = self._model, self._model.adapted
         batch = model.batch(self._examples, [self.shard[position] for position in chosen])
@@ -93,9 +95,9 @@ class TorchForward:
             loss = float(torch.nn.functional.cross_entropy(scores, batch.labels))
         error = feedback.output_error(scores.softmax(1).numpy(), batch.labels.numpy())
         result = np.zeros_like(theta)
-        if maps is not None:
+        if maps:
             parts = torch.from_numpy(result)
-            delta = _deltas(unpack_maps(maps, adapted.sizes, model.num_classes), batch, error @ maps.contrasts.T)
+            delta = _deltas(unpack_maps(maps, adapted.sizes, model.num_classes), batch, error @ maps[0].contrasts.T)
             with torch.no_grad(), adapted.pulled_back(point.requires_grad_(), delta, parts.add_):
                 model.scores(point, batch)
         for given in pooled:

@@ -2,7 +2,7 @@
 
 column slopes    weighted mean and mean square over the edge's devices
 random slopes    weighted mean over the devices of a group, one entry per group
-estimates        weighted mean over the edge's devices: only a sum leaves the edge
+estimates        weighted mean over the edge's devices, rounded without bias: only a sum leaves the edge
 """
 
 from collections import Counter
@@ -13,17 +13,21 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm.aggregation import merged, weighted_mean, weighted_number
-from cooperllm.algorithm.compression import EXACT, pack_vector, unpack_vector
+from cooperllm.algorithm.compression import EXACT, pack_unbiased, unpack_vector
+from cooperllm.algorithm.maps import joined, missing
 from cooperllm.algorithm.replay import Replica
 from cooperllm.errors import DecodeError
 from cooperllm.messages import DeviceReport, EdgeReport, Grouping, Maps, Order, Outcome, Plan, RandomSlopes, Update
+
+EDGE_ROUNDING = 1 << 33
+"""Noise indices from here on round what edges send; those below round what the device of that number sends."""
 
 
 class Edge:
     """One edge and its devices.
 
     It remembers which version each of them has, keeps the updates of the run, and sends a device whatever is shorter: the updates it has
-    missed, or a snapshot. Maps that the cloud has sent are kept for the devices that do not have them yet.
+    missed, or a snapshot. Whole maps and the differences since are kept for the devices that do not have them yet.
 
     Attributes:
         edge_id: Number of the edge.
@@ -35,7 +39,7 @@ class Edge:
         self.edge_id = edge_id
         self.device_ids = tuple(device_ids)
         self.num_parameters = num_parameters
-        self._maps: Maps | None = None
+        self._maps: tuple[Maps, ...] = ()
         self._maps_versions: dict[int, int] = {}
         self._versions = dict.fromkeys(self.device_ids, 0)
         self._updates: list[Update] = []
@@ -65,8 +69,11 @@ class Edge:
 
         Returns:
             One order per device, in the order of device numbers. The packed guide is shared, not copied.
+
+        Raises:
+            ProtocolError: If a difference of maps came without what it is a difference to.
         """
-        self._maps = plan.maps or self._maps
+        self._maps = joined(self._maps, plan.maps)
         chosen = sorted(set(plan.cohort) & set(self.device_ids))
         return [self._order(device_id, plan, replica) for device_id in chosen]
 
@@ -103,7 +110,7 @@ class Edge:
             column_slopes=weighted_mean([r.column_slopes for r in usable], weights) if usable else nothing,
             column_squares=weighted_mean([r.column_slopes**2 for r in usable], weights) if usable else nothing,
             random_slopes=merged([self._random_slopes(plan, report) for report in usable if len(report.random_slopes)]),
-            estimate=pack_vector(weighted_mean(estimates, weights), bits) if estimates else None,
+            estimate=pack_unbiased(weighted_mean(estimates, weights), bits, plan.seed, EDGE_ROUNDING | self.edge_id) if estimates else None,
             agreement=weighted_mean([r.agreement for r in usable], weights) if usable else nothing,
             energy=weighted_mean([r.energy for r in usable], weights) if usable else nothing,
             forward_passes=max((report.forward_passes for report in reports), default=0),
@@ -117,11 +124,11 @@ class Edge:
         missed = slice(self._versions[device_id], plan.model_version)
         snapshot_bytes = replica.theta.nbytes * (1 + len(replica.moments))
         needs_snapshot = sum(self._lengths[missed]) > snapshot_bytes
-        has_maps = plan.feedback is None or self._maps_versions.get(device_id) == plan.feedback.maps_version
+        has_maps = plan.feedback is not None and plan.feedback.maps_version >= 0
         return Order(
             device_id=device_id,
             group=group_of(plan, self.edge_id, device_id),
-            plan=replace(plan, maps=None if has_maps else self._maps),
+            plan=replace(plan, maps=missing(self._maps, self._maps_versions.get(device_id, -1)) if has_maps else ()),
             updates=() if needs_snapshot else tuple(self._updates[missed]),
             snapshot=replica.snapshot() if needs_snapshot else None,
         )

@@ -17,6 +17,7 @@ from cooperllm.report.table import (
     final_accuracies,
     format_number,
     format_percent,
+    format_rate,
     headings,
     lay_out,
     title,
@@ -155,7 +156,7 @@ def _cells(name: str, summary: Summary) -> tuple[str, ...]:
     count = f"{len(stopped)} of {len(arm['outcomes'])} " if len(arm["outcomes"]) > 1 else ""
     cells = (
         name + mark + (f"\n{count}{'diverged' if set(stopped) == {'diverged'} else 'failed'}" if stopped else ""),
-        format_number(arm["learning_rate"], "g") + "†" * arm["is_at_edge"],
+        format_rate(arm["learning_rate"], summary["arms"][name].get("optimizer")) + "†" * arm["is_at_edge"],
         format_number(arm["rounds"]),
         _spread(arm["end_accuracy"]),
         format_percent(arm["best_accuracy"]["median"]),

@@ -75,6 +75,12 @@ def format_number(value: float | None, form: str = ",.0f") -> str:
     return DASH if value is None else f"{value:{form}}"
 
 
+def format_rate(rate: float | None, optimizer: str | None) -> str:
+    """Writes a learning rate and, where it is not momentum's, whose it is: 'adam 0.005'."""
+    number = format_number(rate, "g")
+    return number if optimizer in {None, "momentum"} else f"{optimizer} {number}"
+
+
 def format_bytes(num_bytes: int | None) -> str:
     """Writes bytes with a decimal unit, 1 kB = 1000 B: 1234567 is '1.2 MB'."""
     if num_bytes is None:
@@ -99,7 +105,7 @@ def _cells(name: str, arm: Summary, levels: list[str]) -> tuple[str, ...]:
     mark = "*" * arm.get("uses_back_propagation_on_devices", False)
     return (
         name + mark + ("" if arm.get("finished", True) else f"\n{arm.get('outcome', 'unfinished')}"),
-        format_number(arm.get("learning_rate"), "g"),
+        format_rate(arm.get("learning_rate"), arm.get("optimizer")),
         format_percent(arm.get("final_accuracy")),
         format_percent(arm.get("best_accuracy")),
         *(format_number(arm.get("rounds_to", {}).get(level)) for level in levels),
