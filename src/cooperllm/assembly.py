@@ -1,21 +1,21 @@
 """Builds the tiers of a run from its configuration: the one place where models, data and rooms meet."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from cooperllm import data, models
 from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud import Cloud, GuideMaker, MapFitter
-from cooperllm.config import UNLABELLED, ArmName, RunConfig
+from cooperllm.config import UNLABELLED, ArmName, RunConfig, RuntimeName, Variant
 from cooperllm.data import Task, Texts
-from cooperllm.device import Host
+from cooperllm.device import Host, Runtime
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.edge import Edge
 from cooperllm.errors import ConfigError
@@ -24,6 +24,9 @@ from cooperllm.run_directory import RunDirectory
 
 DATA, INITIAL = 1 << 32, 2 << 32
 """Children of the run's seed; rounds are its first 2³² children."""
+
+VARIANTS = {RuntimeName.ONNX: Variant.FP32, RuntimeName.ONNX_INT8: Variant.INT8}
+"""Packages of the runtimes that need one."""
 
 
 class Material:
@@ -124,8 +127,7 @@ class Assembly:
     @cached_property
     def start(self) -> Replica:
         """The state that every tier begins with."""
-        theta = self.material.model.initial_parameters(noise.derive(self.config.seed, INITIAL))
-        return replay.start(theta, self.config.optimizer)
+        return replay.start(initial_theta(self.config, self.material.model), self.config.optimizer)
 
     def cloud(self) -> Cloud:
         """Builds the cloud at version 0."""
@@ -151,10 +153,29 @@ class Assembly:
         """Builds every device of the run in this process."""
         material = self.material
         adjustment = self.config.federation.label_adjustment
-        runtimes = [
-            TorchForward(material.model, material.private, shard.tolist(), self.config.memory_mib, adjustment) for shard in material.shards
-        ]
+        if self.config.runtime is RuntimeName.TORCH:
+            runtimes: Sequence[Runtime] = [
+                TorchForward(material.model, material.private, shard.tolist(), self.config.memory_mib, adjustment)
+                for shard in material.shards
+            ]
+        else:
+            runtimes = _runtimes_of_package(self.package_path, material, self.config.memory_mib, adjustment)
         return Host(runtimes, self.start, self.config.optimizer, self.directory.updates)
+
+    @property
+    def package_path(self) -> Path:
+        """Where the device package of the run is, if its devices need one."""
+        return self.directory.path / "package"
+
+    def package(self) -> None:
+        """Writes the device package of the run where its devices need one and it is not there yet.
+
+        Raises:
+            ConfigError: If the model cannot be written as a package, or the libraries for it are missing.
+        """
+        variant = VARIANTS.get(self.config.runtime)
+        if variant is not None and not self.package_path.exists():
+            write_device_package(self.config, self.material, self.package_path, variant)
 
 
 def assemble(directory: RunDirectory, material: Material | None = None) -> Assembly:
@@ -172,6 +193,53 @@ def assemble(directory: RunDirectory, material: Material | None = None) -> Assem
     """
     config = directory.config()
     return Assembly(config, directory, material if material is not None and material.fits(config) else Material(config))
+
+
+def write_device_package(config: RunConfig, material: Material, target: Path, variant: Variant) -> int:
+    """Writes the package with which a device takes part in a run.
+
+    Args:
+        config: The run's settings; its seed decides θ_0.
+        material: Model and texts of it.
+        target: A missing or empty directory.
+        variant: How the frozen weights are kept.
+
+    Returns:
+        Bytes of the package.
+
+    Raises:
+        ConfigError: If the directory is taken, the model cannot be written, or the libraries for it are missing.
+    """
+    try:
+        from cooperllm.packaging import package_bytes, write_package  # noqa: PLC0415 -- libraries of an extra
+    except ImportError as error:
+        raise ConfigError(f"device package: found no module {error.name!r}; pip install 'cooperllm[package]'") from error
+    theta, names = initial_theta(config, material.model), material.task.label_names
+    return package_bytes(write_package(material.model, theta, target, label_names=names, variant=variant, seed=config.seed))
+
+
+def initial_theta(config: RunConfig, model: Model) -> Float32[np.ndarray, "n"]:
+    """Draws the θ that a run starts from.
+
+    Args:
+        config: Settings; the seed counts.
+        model: The run's model.
+
+    Returns:
+        θ_0, shape [n].
+    """
+    return model.initial_parameters(noise.derive(config.seed, INITIAL))
+
+
+def _runtimes_of_package(path: Path, material: Material, memory_mib: float | None, adjustment: float) -> list[Runtime]:
+    """Devices that share a package; they read the private texts with its tokeniser, as a device elsewhere would."""
+    try:
+        from cooperllm.device.onnx_forward import OnnxForward, open_package  # noqa: PLC0415 -- libraries of an extra
+    except ImportError as error:
+        raise ConfigError(f"runtime: found no module {error.name!r}; pip install 'cooperllm[device]'") from error
+    package, private = open_package(path), material.task.private
+    examples = package.encode(private.texts, private.second_texts, private.labels)
+    return [OnnxForward(package, examples, shard.tolist(), memory_mib, adjustment) for shard in material.shards]
 
 
 def make_devices(path: Path) -> Host:

@@ -38,6 +38,8 @@ class PooledClassifier(nn.Module):
 class LabelWords(nn.Module):
     """A causal language model whose next-token scores of one word per class, after a prompt, are the class scores."""
 
+    word_ids: Tensor
+
     def __init__(self, backbone: nn.Module, word_ids: Sequence[int]) -> None:
         super().__init__()
         self.backbone = backbone
@@ -47,7 +49,7 @@ class LabelWords(nn.Module):
         """Returns scores [B, C] in float32."""
         scores = self.backbone(input_ids=token_ids, attention_mask=mask, use_cache=False).logits
         last = mask.sum(1) - 1
-        return scores[torch.arange(len(last)), last][:, self.word_ids].float()
+        return scores[torch.arange(last.shape[0]), last][:, self.word_ids].float()
 
 
 class LabelTexts(nn.Module):

@@ -11,8 +11,19 @@ from typing import Annotated, Any
 import rich.console
 import typer
 
-from cooperllm import comparison, models, recipes, session
-from cooperllm.config import AdapterKind, ArmName, EngineName, OptimizerKind, Partition, RunConfig, from_plain, to_plain
+from cooperllm import assembly, comparison, models, recipes, session
+from cooperllm.config import (
+    AdapterKind,
+    ArmName,
+    EngineName,
+    OptimizerKind,
+    Partition,
+    RunConfig,
+    RuntimeName,
+    Variant,
+    from_plain,
+    to_plain,
+)
 from cooperllm.errors import ConfigError, CooperLLMError
 from cooperllm.progress import Progress
 from cooperllm.report import arms_table, verdict
@@ -49,6 +60,7 @@ PartitionKind = Annotated[Partition | None, typer.Option("--partition", help="Ho
 PartitionColumn = Annotated[str | None, typer.Option("--partition-column", help="Column whose values are the devices.")]
 Alpha = Annotated[float | None, typer.Option("--dirichlet-alpha", help="Concentration of the Dirichlet partition.")]
 Engine = Annotated[EngineName | None, typer.Option("--engine", help="What carries messages; all give the same numbers.")]
+Runtime = Annotated[RuntimeName | None, typer.Option("--runtime", help="What runs forward on a device: PyTorch, or ONNX Runtime.")]
 MemoryMib = Annotated[float | None, typer.Option("--memory-mib", help="Memory for batched points on a device; one by one by default.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Step size; the recipe's by default.")]
 OptimizerName = Annotated[OptimizerKind | None, typer.Option("--optimizer", help="The server's optimiser; rates are for momentum.")]
@@ -95,6 +107,7 @@ def run_command(
     partition_column: PartitionColumn = None,
     dirichlet_alpha: Alpha = None,
     engine: Engine = None,
+    runtime: Runtime = None,
     memory_mib: MemoryMib = None,
     settings: Set = None,
     out: Out = None,
@@ -141,6 +154,7 @@ def compare_command(
     partition_column: PartitionColumn = None,
     dirichlet_alpha: Alpha = None,
     engine: Engine = None,
+    runtime: Runtime = None,
     memory_mib: MemoryMib = None,
     settings: Set = None,
     out: Out = None,
@@ -177,6 +191,32 @@ def export_command(
 ) -> None:
     """Write the adapter as a directory that plain PEFT loads."""
     console.print(f"adapter written to {comparison.export(run, target, arm)}")
+
+
+@app.command("package")
+def package_command(
+    target: Annotated[Path, typer.Argument(help="Directory to write.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="The run that the devices take part in.")] = "demo",
+    variant: Annotated[Variant, typer.Option("--variant", help="How frozen weights are kept.")] = Variant.FP32,
+    seed: Seed = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    target_modules: Targets = None,
+    last_layers: LastLayers = None,
+    max_tokens: MaxTokens = None,
+    public: Public = None,
+    private: Private = None,
+    text_column: TextColumn = None,
+    second_text_column: SecondTextColumn = None,
+    label_column: LabelColumn = None,
+    data_directory: DataDirectory = "data",
+    settings: Set = None,
+) -> None:
+    """Write what a device without PyTorch needs to take part: ONNX graphs, weights, tokeniser, manifest."""
+    options = {key: value for key, value in locals().items() if key not in {"target", "recipe", "variant", "data_directory"}}
+    config = _changed(recipes.recipe(recipe, data_directory).config, options)
+    size = assembly.write_device_package(config, assembly.Material(config), target, variant)
+    console.print(f"package of {size / 2**20:.1f} MiB written to {target}", highlight=False, soft_wrap=True)
 
 
 @app.command("recipes")
@@ -229,7 +269,7 @@ def _changed(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
         federation=replace(config.federation, **federation),
         optimizer=replace(config.optimizer, **pick(kind="optimizer")),
         arm=replace(config.arm, **pick(learning_rate="learning_rate", queries="queries")),
-        **pick(num_rounds="rounds", seed="seed", engine="engine", memory_mib="memory_mib"),
+        **pick(num_rounds="rounds", seed="seed", engine="engine", runtime="runtime", memory_mib="memory_mib"),
     )
     return _set(changed, given.get("settings", ()))
 

@@ -3,6 +3,7 @@
 CooperLLMError
 ├── ConfigError          (also ValueError)  a value the user gave: a setting, a file, a column, a name
 ├── RunDirectoryError                       a run directory that cannot be used as it is
+├── PackageError                            a device package that is damaged or does not run here
 ├── ProtocolError                           a message that does not fit
 │   ├── DecodeError                         bytes that are not a message of this version
 │   └── ReplayMismatchError                      a replica that differs from the cloud's: its numbers must not count
@@ -22,6 +23,10 @@ class ConfigError(CooperLLMError, ValueError):
 
 class RunDirectoryError(CooperLLMError):
     """A run directory is missing, damaged or in use; the sentence names the file and what to do."""
+
+
+class PackageError(CooperLLMError):
+    """A device package is missing, damaged, of another version, or does not run here; the sentence names the file and what to do."""
 
 
 class ProtocolError(CooperLLMError):

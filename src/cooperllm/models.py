@@ -29,10 +29,12 @@ from torch import Tensor, nn
 from cooperllm.activation_checkpointing import checkpointed
 from cooperllm.adapted_modules import AdaptedModules
 from cooperllm.algorithm import noise
+from cooperllm.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 from cooperllm.classifiers import LabelTexts, classifier_for
 from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import FrozenPrefix, original_layers
+from cooperllm.widths import Widths
 
 PACKAGED = "minilm"
 TINY = "tiny-llama"
@@ -114,18 +116,20 @@ class Model:
         layout: Where each trained tensor lies in θ.
         num_classes: C.
         adapted: The modules that a feedback estimate differentiates.
+        network: The module, in evaluation mode; what it holds of θ is not what `scores` is asked for.
+        prefix: The frozen layers that are computed once per example, or None.
     """
 
     def __init__(self, config: ModelConfig, network: nn.Module, tokenizer: Any, num_classes: int) -> None:
         self.config = config
         self.num_classes = num_classes
-        self._network = network.eval()
+        self.network = network.eval()
         self._tokenizer = tokenizer
         trained = {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
         self.layout = Layout(names=tuple(trained), shapes=tuple(tuple(tensor.shape) for tensor in trained.values()))
         self._trained = trained
         self.adapted = AdaptedModules(network, self.layout.ranges)
-        self._prefix = FrozenPrefix.find(network, self.layout.names) if config.caches_prefix else None
+        self.prefix = FrozenPrefix.find(network, self.layout.names) if config.caches_prefix else None
 
     def initial_parameters(self, seed: int) -> Float32[np.ndarray, "n"]:
         """Returns θ_0: LoRA's first factors drawn from the seed, a zero head, everything else as loaded.
@@ -177,14 +181,14 @@ class Model:
             The batch.
         """
         batch = self._pad(examples, indices)
-        if self._prefix is None:
+        if self.prefix is None:
             return batch
         for index in indices:
             if index not in examples.states:
                 # Alone, since the last bits depend on what shares a pass: a resumed run must find the states of the first one.
                 one = self._pad(examples, [index])
                 with torch.no_grad():
-                    examples.states[index] = self._prefix.compute(self._network, one.token_ids, one.mask)[0].clone()
+                    examples.states[index] = self.prefix.compute(self.network, one.token_ids, one.mask)[0].clone()
         states = nn.utils.rnn.pad_sequence([examples.states[index] for index in indices], batch_first=True)
         return Batch(token_ids=batch.token_ids, mask=batch.mask, labels=batch.labels, states=states)
 
@@ -198,24 +202,53 @@ class Model:
         Returns:
             One score per class, float32.
         """
-        if self._prefix is None or batch.states is None:
+        if self.prefix is None or batch.states is None:
             return self._call(theta, batch)
-        with self._prefix.resumed(batch.states):
+        with self.prefix.resumed(batch.states):
             return self._call(theta, batch)
 
     def checkpointed(self) -> AbstractContextManager[None]:
         """Within it, a forward pass keeps the inputs of its layers alone; see `activation_checkpointing`."""
-        return checkpointed(self._network)
+        return checkpointed(self.network)
 
     def activation_mib(self, batch: Batch) -> float:
-        """Estimates the memory that one point of a batched pass takes: the widest layer's activations, in MiB."""
-        config: Any = self._network.get_submodule("backbone").config
+        """Estimates the memory that one point of a batched pass takes, in MiB; see `Widths`."""
+        return self.widths.activation_mib(*batch.token_ids.shape)
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up short rows; 0 where the tokeniser has none, since it is masked anyway."""
+        pad = self._tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def tokenizer_json(self) -> str:
+        """Returns the tokeniser as the library `tokenizers` reads it.
+
+        Returns:
+            JSON.
+
+        Raises:
+            ConfigError: If it only exists as Python code.
+        """
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ConfigError(
+                f"model.name: the tokeniser of {self.config.name!r} is Python code ({type(self._tokenizer).__name__}), which a device "
+                "without that code cannot run; choose a model with a tokenizer.json, or --runtime torch"
+            )
+        return backend.to_str()
+
+    @property
+    def widths(self) -> Widths:
+        """How wide the model is."""
+        config: Any = self.network.get_submodule("backbone").config
         hidden = int(config.hidden_size)
-        wide = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-        tokens = batch.token_ids.numel()
-        attention = tokens * batch.token_ids.shape[1] * int(config.num_attention_heads)
-        vocabulary = tokens * int(config.vocab_size) if self.config.objective is Objective.LABEL_WORDS else 0
-        return 4 * (tokens * (6 * hidden + 2 * wide) + 2 * attention + vocabulary) / 2**20
+        return Widths(
+            hidden=hidden,
+            feed_forward=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+            heads=int(config.num_attention_heads),
+            vocabulary=int(config.vocab_size) if self.config.objective is Objective.LABEL_WORDS else 0,
+        )
 
     def save_adapter(self, theta: Float32[np.ndarray, "n"], directory: Path, label_names: Sequence[str]) -> None:
         """Writes θ the way PEFT does: `PeftModel.from_pretrained(base, directory)` loads it.
@@ -232,31 +265,30 @@ class Model:
         """
         directory.mkdir(parents=True, exist_ok=True)
         views = self.layout.views(torch.from_numpy(theta.copy()))
-        backbone: Any = self._network.get_submodule("backbone")
+        backbone: Any = self.network.get_submodule("backbone")
         loaded = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
-        self._network.load_state_dict(views, strict=False)
+        self.network.load_state_dict(views, strict=False)
         try:
-            with original_layers(self._prefix):
+            with original_layers(self.prefix):
                 backbone.save_pretrained(directory)
         finally:
-            self._network.load_state_dict(loaded, strict=False)  # the next arm's θ_0 is read from them
+            self.network.load_state_dict(loaded, strict=False)  # the next arm's θ_0 is read from them
         head = {name.removeprefix("classifier."): view.clone() for name, view in views.items() if name.startswith("classifier.")}
         if head:
             save_file(head, directory / "classifier.safetensors")
-        if isinstance(self._network, LabelTexts):
-            save_file({"weight": self._network.label_embeddings}, directory / "label_embeddings.safetensors")
+        if isinstance(self.network, LabelTexts):
+            save_file({"weight": self.network.label_embeddings}, directory / "label_embeddings.safetensors")
         self._tokenizer.save_pretrained(directory)
         (directory / "labels.json").write_text(json.dumps(list(label_names)) + "\n", encoding="utf8")
 
     def _call(self, theta: Tensor, batch: Batch) -> Tensor:
         with torch.enable_grad():  # so that a module may open a graph in the middle of a pass without one
             views = self.layout.views(theta)
-        return torch.func.functional_call(self._network, views, (batch.token_ids, batch.mask))
+        return torch.func.functional_call(self.network, views, (batch.token_ids, batch.mask))
 
     def _pad(self, examples: Examples, indices: Sequence[int]) -> Batch:
         rows = [torch.from_numpy(examples.token_ids[index]) for index in indices]
-        pad = self._tokenizer.pad_token_id
-        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0 if pad is None else pad)
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return Batch(token_ids=token_ids, mask=mask, labels=torch.from_numpy(examples.labels[list(indices)]), states=None)
 
@@ -351,7 +383,10 @@ def tiny_llama(*, causal: bool) -> tuple[Any, Any]:
             if "norm" not in name:
                 drawn = noise.gaussian(0, index, tensor.numel(), stream=noise.Stream.INITIALISATION)
                 tensor.copy_(torch.from_numpy(drawn).view(tensor.shape) * 0.2)
-    return model, transformers.ByT5Tokenizer(extra_ids=0)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer(), pad_token=PAD, eos_token=END, unk_token=UNKNOWN
+    )  # fmt: skip
+    return model, tokenizer
 
 
 def _adapted(backbone: Any, config: ModelConfig) -> nn.Module:

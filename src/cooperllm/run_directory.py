@@ -4,6 +4,7 @@
     replay.log       the header, then one record per round: length, CRC-32, MessagePack of the sealed update; appended, flushed, synced
     rounds.jsonl     one line of figures per round; a crash may leave it or the log one ahead, resume cuts both to the shorter
     checkpoint.bin   state every few rounds, replaced in one step; it only saves time, the log alone gives the same bits
+    package/         the device package of a run whose devices use ONNX Runtime; removed by hand, it is written anew on resume
     summary.json, report.html, *.png, adapter/   made at the end
 
 A record that ends early is a crash in the middle of a write: it is cut off on resume. A record whose checksum is wrong is damage: the run

@@ -118,6 +118,7 @@ def _continued(files: RunDirectory, material: Material | None, observe: Observer
     with files.locked():
         updates = files.repair()
         if len(updates) < config.num_rounds:
+            assembly.package()
             _carried_by(config, assembly, partial(_train, files, assembly, updates, observe))
         return _finished(files, assembly, draws=draws)
 

@@ -79,7 +79,7 @@ def test_the_prefix_is_computed_once_per_example(monkeypatch):
     model = models.load(ModelConfig(), 2)
     examples = model.encode(TEXTS, None, [0, 1, 0, 1])
     model.batch(examples, [0, 1, 1])
-    monkeypatch.setattr(model._prefix, "compute", lambda *arguments: pytest.fail("an example went through the frozen layers twice"))
+    monkeypatch.setattr(model.prefix, "compute", lambda *arguments: pytest.fail("an example went through the frozen layers twice"))
     model.batch(examples, [1, 0])
 
 
@@ -152,7 +152,7 @@ def test_plain_peft_and_the_exported_label_embeddings_give_the_same_scores(tmp_p
     # The adapter moves the texts and leaves the classes' rows where they were.
     start = torch.from_numpy(model.initial_parameters(3))
     assert (scores(model, theta) - scores(model, start)).abs().max() > 1e-3
-    torch.testing.assert_close(rows, models.load(config, 2)._network.label_embeddings, rtol=0, atol=0)
+    torch.testing.assert_close(rows, models.load(config, 2).network.label_embeddings, rtol=0, atol=0)
 
 
 def test_label_texts_of_a_fully_trained_model_stay_those_of_the_pretrained_one(tmp_path):
@@ -163,7 +163,7 @@ def test_label_texts_of_a_fully_trained_model_stay_those_of_the_pretrained_one(t
     batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
     with torch.inference_mode():
         expected = 20 * cosines(mean_states(AutoModel.from_pretrained(tmp_path).eval(), batch.token_ids, batch.mask), rows)
-    assert torch.equal(rows, models.load(TINY_COMPARED, 2)._network.label_embeddings)
+    assert torch.equal(rows, models.load(TINY_COMPARED, 2).network.label_embeddings)
     torch.testing.assert_close(scores(model, theta), expected, rtol=0, atol=2e-5)
 
 
@@ -196,7 +196,7 @@ def test_plain_peft_loads_a_causal_adapter(tmp_path):
     batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
     with torch.inference_mode():
         logits = plain(input_ids=batch.token_ids, attention_mask=batch.mask).logits[torch.arange(4), batch.mask.sum(1) - 1]
-    expected = logits[:, model._network.word_ids]
+    expected = logits[:, model.network.word_ids]
     torch.testing.assert_close(scores(model, theta), expected, rtol=0, atol=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_a_fully_trained_model_is_exported_as_an_ordinary_model(tmp_path):
     batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
     with torch.inference_mode():
         logits = plain(input_ids=batch.token_ids, attention_mask=batch.mask).logits[torch.arange(4), batch.mask.sum(1) - 1]
-    torch.testing.assert_close(scores(model, theta), logits[:, model._network.word_ids], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores(model, theta), logits[:, model.network.word_ids], rtol=0, atol=1e-5)
 
 
 def test_slopes_of_the_default_model_agree_with_back_propagation():

@@ -244,7 +244,7 @@ def test_fwdllms_guide_is_the_momentum_alone_and_costs_a_header():
     cloud = cloud_of(EVERY_CLASS, ArmConfig(name=ArmName.FWDLLM), rounds=2)
     prepared = cloud.plan()
     (column,) = prepared.public.span
-    (momentum,) = cloud.replica.moments
+    momentum = cloud.replica.moments[0]
     assert np.array_equal(column, orthonormalise([momentum], SIZE)[0])
     assert len(prepared.plan.guide.payload) == compression.packed_bytes(0, SIZE, 4)
     assert prepared.public_loss is None

@@ -124,7 +124,7 @@ def pack_factors(fits: Sequence[Fitted], rank: int, bits: int = FACTOR_BITS) -> 
 
     Example:
         >>> len(pack_factors([Fitted(maps=np.ones((1, 3, 4), np.float32), xx=np.eye(3))], 1).payload)
-        29
+        25
     """
     return pack_vector(np.concatenate([part.reshape(-1) for fitted in fits for part in factors(fitted, rank)]), bits)
 

@@ -1,7 +1,7 @@
 """A run's settings: frozen values, checked once, at construction, before anything runs."""
 
 from cooperllm.config.arm import SUPPORTED_BITS, ArmConfig, ArmName, Rectification
-from cooperllm.config.run import EngineName, OptimizerConfig, OptimizerKind, RunConfig, from_plain, to_plain
+from cooperllm.config.run import EngineName, OptimizerConfig, OptimizerKind, RunConfig, RuntimeName, Variant, from_plain, to_plain
 from cooperllm.config.task import (
     NO_TEXT,
     UNLABELLED,
@@ -31,7 +31,9 @@ __all__ = [
     "Partition",
     "Rectification",
     "RunConfig",
+    "RuntimeName",
     "SourceConfig",
+    "Variant",
     "from_plain",
     "to_plain",
 ]

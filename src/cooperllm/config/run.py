@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from cooperllm.config.arm import ArmConfig
+from cooperllm.config.arm import ArmConfig, ArmName
 from cooperllm.config.check import check
 from cooperllm.config.task import DataConfig, FederationConfig, ModelConfig
 from cooperllm.errors import ConfigError
@@ -25,6 +25,21 @@ class EngineName(Enum):
     LOOPBACK = "loopback"
     GRID = "grid"
     SIMULATION = "simulation"
+
+
+class Variant(Enum):
+    """How a device package keeps the frozen weights."""
+
+    FP32 = "fp32"
+    INT8 = "int8"
+
+
+class RuntimeName(Enum):
+    """What computes a device's forward passes: PyTorch, or ONNX Runtime from a device package."""
+
+    TORCH = "torch"
+    ONNX = "onnx"
+    ONNX_INT8 = "onnx-int8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +83,7 @@ class RunConfig:
         validates: Whether the accuracy on the validation part is measured too, for choosing settings.
         checkpoint_every: Rounds between checkpoints, >= 1; the log between them is replayed on resume.
         engine: What carries messages.
+        runtime: What computes the devices' forward passes.
         memory_mib: Memory that the points of one batched pass may take on a device, > 0; None evaluates one point at a time.
     """
 
@@ -83,6 +99,7 @@ class RunConfig:
     validates: bool = False
     checkpoint_every: int = 20
     engine: EngineName = EngineName.GRID
+    runtime: RuntimeName = RuntimeName.TORCH
     memory_mib: float | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +107,9 @@ class RunConfig:
         check(0 <= self.seed < 1 << 63, "seed", self.seed, "in [0, 2**63)")
         check(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, ">= 1")
         check(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, ">= 1")
+        learns_alone = self.arm.name in {ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED}
+        needs_torch = learns_alone and self.runtime is not RuntimeName.TORCH
+        check(not needs_torch, "runtime", self.runtime.value, f"torch for the arm {self.arm.name.value}: its devices back-propagate")
         check(self.memory_mib is None or self.memory_mib > 0, "memory_mib", self.memory_mib, "> 0, or none")
 
 

@@ -1,7 +1,6 @@
 """The devices that live in one process: they share the base model and, being bitwise equal, one replica."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
 
 from cooperllm.algorithm import replay
 from cooperllm.algorithm.maps import joined
@@ -13,11 +12,6 @@ from cooperllm.link.codec import decode, encode
 from cooperllm.messages import Maps, Order, Update
 
 
-@runtime_checkable
-class TrainingRuntime(Runtime, Trainer, Protocol):
-    """A runtime that can also back-propagate, for the bound."""
-
-
 class Host:
     """Answers encoded orders for several devices.
 
@@ -27,7 +21,7 @@ class Host:
     """
 
     def __init__(
-        self, runtimes: Sequence[TrainingRuntime], replica: Replica, optimizer: OptimizerConfig, history: Callable[[], Sequence[Update]]
+        self, runtimes: Sequence[Runtime], replica: Replica, optimizer: OptimizerConfig, history: Callable[[], Sequence[Update]]
     ) -> None:
         self._runtimes = runtimes
         self._replica = replica
@@ -45,4 +39,5 @@ class Host:
         self._replica = catch_up(self._replica, order, self._optimizer)
         runtime = self._runtimes[order.device_id]
         self._maps = joined(self._maps, order.plan.maps)
-        return encode(run_device(order, self._replica, runtime, runtime, self._maps))
+        trainer = runtime if isinstance(runtime, Trainer) else None  # one without PyTorch cannot back-propagate
+        return encode(run_device(order, self._replica, runtime, trainer, self._maps))

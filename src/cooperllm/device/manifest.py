@@ -1,0 +1,177 @@
+"""What a device package says of itself: `manifest.json`, every number of it bounded.
+
+A package is a directory:
+
+    manifest.json    sizes, settings, digests of all other files, golden losses
+    *.onnx           graphs; θ is an input of them
+    weights.bin      frozen weights of all graphs, page by page, to be mapped
+    theta_0.bin      θ_0 of the package's seed, little-endian float32 [n]
+    tokenizer.json   the tokeniser, as the library `tokenizers` reads it
+
+Dimension key: n trainable parameters, C classes, P points, H and D size of a module's input and output.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+from cooperllm.config import Objective, Variant
+from cooperllm.widths import Widths
+
+PACKAGE_VERSION = 1
+"""Raised whenever the meaning of a file in a package changes."""
+
+MANIFEST, WEIGHTS, THETA, TOKENIZER = "manifest.json", "weights.bin", "theta_0.bin", "tokenizer.json"
+LOSSES, PREFIX, OBSERVE, PULL_BACK = "losses", "prefix", "observe", "pull_back"
+"""Names of the graphs; `losses` is always there, `prefix` where layers below the first adapted one are frozen."""
+
+Count = Annotated[int, Meta(ge=0, le=1 << 32)]
+Positive = Annotated[int, Meta(ge=1, le=1 << 32)]
+NumClasses = Annotated[int, Meta(ge=2, le=1 << 20)]
+NumTokens = Annotated[int, Meta(ge=2, le=1 << 24)]
+Span = tuple[Count, Count]
+Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
+FileName = Annotated[str, Meta(pattern=r"^[a-z0-9_]+\.[a-z]+$", max_length=64)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """A file of the package.
+
+    Attributes:
+        size: Bytes.
+        sha256: Digest of its contents, hexadecimal.
+    """
+
+    size: Annotated[int, Meta(ge=0, le=1 << 44)]
+    sha256: Sha256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleEntry:
+    """An adapted module.
+
+    Attributes:
+        input_size: H.
+        output_size: D.
+        start: First position of its parameters in θ.
+        stop: Position after the last.
+        seen: Place of its input among the tensors that the graph `observe` hands out.
+    """
+
+    input_size: Positive
+    output_size: Positive
+    start: Count
+    stop: Count
+    seen: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadEntry:
+    """A trained linear head.
+
+    Attributes:
+        weight: Range of its weight [C, H] in θ.
+        bias: Range of its bias [C] in θ.
+    """
+
+    weight: Span
+    bias: Span
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Golden:
+    """Losses that a sound package gives: the point p is θ_0 + scale_p · z(seed, p), `algorithm.noise`.
+
+    Attributes:
+        texts: A batch.
+        token_ids: The same, as the model's own tokeniser reads it.
+        labels: Its classes.
+        seed: Names the directions.
+        scales: Lengths of the perturbations; the first is 0.
+        losses: Mean loss of the batch at each point, computed by PyTorch in float32.
+        tolerance: How far a device's losses may lie from these.
+    """
+
+    texts: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)]
+    token_ids: tuple[tuple[Count, ...], ...]
+    labels: tuple[Count, ...]
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    scales: Annotated[tuple[Number, ...], Meta(min_length=1, max_length=16)]
+    losses: tuple[Number, ...]
+    tolerance: Annotated[float, Meta(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything that a device needs to know of a package.
+
+    Attributes:
+        format_version: Of the package; `PACKAGE_VERSION`.
+        variant: How weights are kept.
+        model: Name of the model, for people.
+        seed: Whose θ_0 is in the package.
+        label_names: Names of the classes.
+        num_parameters: n.
+        num_classes: C.
+        objective: How scores are made.
+        max_tokens: Texts are cut at so many tokens.
+        prompt: For label words: what a text is put into.
+        pad_id: Token that fills up short rows.
+        widths: Sizes of activations.
+        modules: Adapted modules in the order of θ; none where a package has no feedback pass.
+        head: The trained head, or None.
+        graphs: Graphs of the package.
+        files: Every file but the manifest.
+        golden: Losses to compare with.
+    """
+
+    format_version: Count
+    variant: Variant
+    model: str
+    seed: Count
+    label_names: tuple[str, ...]
+    num_parameters: Positive
+    num_classes: NumClasses
+    objective: Objective
+    max_tokens: NumTokens
+    prompt: str
+    pad_id: Count
+    widths: Widths
+    modules: tuple[ModuleEntry, ...]
+    head: HeadEntry | None
+    graphs: tuple[str, ...]
+    files: dict[FileName, FileEntry]
+    golden: Golden
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H, D) of each adapted module."""
+        return tuple((module.input_size, module.output_size) for module in self.modules)
+
+    def complaint(self) -> str | None:
+        """Says which of its numbers contradict each other.
+
+        Returns:
+            A part of a sentence, or None where they agree.
+        """
+        n, golden = self.num_parameters, self.golden
+        spans = [(module.start, module.stop) for module in self.modules] + ([self.head.weight, self.head.bias] if self.head else [])
+        wanted = {f"{name}.onnx" for name in self.graphs} | {WEIGHTS, THETA, TOKENIZER}
+        if not {LOSSES} <= set(self.graphs) <= {LOSSES, PREFIX, OBSERVE, PULL_BACK}:
+            return f"graphs {list(self.graphs)} found, '{LOSSES}' and some of '{PREFIX}', '{OBSERVE}', '{PULL_BACK}' expected"
+        if set(self.files) != wanted:
+            return f"files {sorted(self.files)} found, {sorted(wanted)} expected"
+        if any(not start < stop <= n for start, stop in spans):
+            return f"ranges {spans} found, ranges of {n} parameters expected"
+        if self.files[THETA].size != 4 * n:
+            return f"{THETA} of {self.files[THETA].size} bytes found, {4 * n} expected"
+        if len(self.label_names) != self.num_classes:
+            return f"{len(self.label_names)} label names found, {self.num_classes} expected"
+        if not len(golden.texts) == len(golden.token_ids) == len(golden.labels) or max(golden.labels) >= self.num_classes:
+            return f"golden labels {golden.labels} found, one of {self.num_classes} classes for each of {len(golden.texts)} texts expected"
+        if len(golden.scales) != len(golden.losses):
+            return f"{len(golden.losses)} golden losses found, {len(golden.scales)} expected"
+        return None

@@ -1,0 +1,217 @@
+"""Forward passes with ONNX Runtime from a device package: the runtime of a device that has never imported PyTorch.
+
+A batch goes through in small passes of whole examples, each padded to its own longest: memory is that of one layer of one such pass, the
+result is the same. θ is an input of every graph; the weights stay as they are in the file.
+
+The feedback pass runs `observe` once, which ends with the scores and hands out what each adapted module was given, and `pull_back` once,
+which holds the vector-Jacobian products of these modules, `packaging.graphs`. Between the two, deltas come from the maps in NumPy. It costs
+one forward pass and one run of the adapted modules with about twice their own work. What lives from the first to the second beyond a
+layer's activations is the modules' inputs and their deltas, 8 bytes for each of B · T · H values and each module, and the masks.
+
+Dimension key: P points, B examples, T tokens, H hidden size, C classes, n trainable parameters.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from cooperllm.algorithm import feedback, noise
+from cooperllm.algorithm.label_adjustment import label_adjustment
+from cooperllm.algorithm.maps import ModuleMaps, unpack_maps
+from cooperllm.algorithm.zeroth_order import Evaluate
+from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, Golden
+from cooperllm.device.package import DeviceExamples, Package, read_package
+from cooperllm.errors import ConfigError, PackageError
+from cooperllm.messages import Maps
+
+ROWS_PER_PASS = 512
+"""Tokens times points of one pass: enough to keep arithmetic units busy, few enough for a processor's caches. One point with more examples
+is faster than two with fewer: each point multiplies with factors of its own, in small products."""
+
+
+class OnnxForward:
+    """One device's package and shard.
+
+    Attributes:
+        shard: Positions of the device's examples among all private examples of this process.
+    """
+
+    def __init__(
+        self, package: Package, examples: DeviceExamples, shard: Sequence[int], memory_mib: float | None, adjustment: float = 0.0
+    ) -> None:
+        """Takes one device's part of the examples; `adjustment` is τ of `algorithm.label_adjustment`."""
+        if not len(shard):
+            raise ConfigError("shard: found no examples, expected at least one; give the device data, or leave it out")
+        self._package = package
+        self._examples = examples
+        self.shard = list(shard)
+        self._memory_mib = memory_mib
+        self._shift = label_adjustment(examples.labels[self.shard], package.manifest.num_classes, adjustment)
+
+    @property
+    def num_examples(self) -> int:
+        """Private examples at hand."""
+        return len(self.shard)
+
+    def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:
+        """Returns a batch's loss as a function of points, with the number of points that fit the memory budget, one without."""
+        indices = [self.shard[position] for position in chosen]
+        longest = max(len(self._examples.token_ids[index]) for index in indices)
+        points_per_pass = 1
+        if self._memory_mib is not None:
+            points_per_pass = max(1, int(self._memory_mib / self._package.manifest.widths.activation_mib(1, longest)))
+
+        def losses(points: Float32[np.ndarray, "P n"]) -> Float32[np.ndarray, "P"]:
+            self._check(points)
+            found = [
+                self._package.run(LOSSES, batch | {"shift": self._shift, "theta": np.ascontiguousarray(points)})["losses"]
+                for batch in self._passes(indices, len(points))
+            ]
+            return np.concatenate(found, axis=1).mean(axis=1, dtype=np.float64).astype(np.float32)
+
+        return losses, points_per_pass
+
+    def estimate(
+        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Sequence[Maps]
+    ) -> tuple[Float32[np.ndarray, "n"], float]:
+        """Runs forward once for the output error, and the adapted modules once more for their parts of the gradient."""
+        manifest, point = self._package.manifest, np.ascontiguousarray(theta)
+        self._check(point[None])
+        if OBSERVE not in manifest.graphs:
+            raise ConfigError(
+                f"{self._package.path}: found a package without a feedback pass, expected one; choose another arm than feedback"
+            )
+        decoded = unpack_maps(maps, manifest.sizes, manifest.num_classes) if maps else ()
+        indices = [self.shard[position] for position in chosen]
+        result, total = np.zeros_like(point), 0.0
+        for batch in self._passes(indices, 1):
+            labels, seen = batch["labels"], self._package.run(OBSERVE, batch | {"theta": point})
+            logarithms = _log_softmax(seen["scores"] + self._shift)
+            total -= float(logarithms[np.arange(len(labels)), labels].sum(dtype=np.float64))
+            error = feedback.output_error(np.exp(logarithms), labels) * np.float32(len(labels) / len(indices))
+            if manifest.head is not None:
+                result[slice(*manifest.head.weight)] += (error.T @ seen["pooled"]).reshape(-1)
+                result[slice(*manifest.head.bias)] += error.sum(0)
+            if decoded:
+                self._pull_back(result, point, batch["mask"], seen, decoded, error @ maps[0].contrasts.T)
+        return result, total / len(indices)
+
+    def _pull_back(
+        self,
+        result: Float32[np.ndarray, "n"],
+        point: Float32[np.ndarray, "n"],
+        mask: Int64[np.ndarray, "B T"],
+        seen: Mapping[str, np.ndarray],
+        decoded: Sequence[ModuleMaps],
+        along: Float32[np.ndarray, "B K"],
+    ) -> None:
+        """Adds the modules' parts, `algorithm.feedback`, eq. (2)-(3) and (5); padding has no delta."""
+        modules, is_token, tokens = self._package.manifest.modules, mask > 0, feedback.tokens(mask)
+        given: dict[str, np.ndarray] = {"theta": point, **seen}
+        for number, (module, guide) in enumerate(zip(modules, decoded, strict=True)):
+            delta = np.zeros((*mask.shape, module.output_size), np.float32)
+            described = feedback.features(seen[f"seen_{module.seen}"][is_token], tokens, guide.basis)
+            delta[is_token] = feedback.deltas(described, tokens, guide.maps, along)
+            given[f"delta_{number}"] = delta
+        parts, begin = self._package.run(PULL_BACK, given)["gradient"], 0
+        for module in modules:
+            end = begin + module.stop - module.start
+            result[module.start : module.stop] += parts[begin:end]
+            begin = end
+
+    def _passes(self, indices: Sequence[int], num_points: int) -> Iterator[dict[str, np.ndarray]]:
+        """Cuts a batch into passes, in order, each padded to its own longest example."""
+        lengths = [len(self._examples.token_ids[index]) for index in indices]
+        begin = 0
+        while begin < len(indices):
+            end = begin + 1
+            while end < len(indices) and self._fits(end + 1 - begin, max(lengths[begin : end + 1]), num_points):
+                end += 1
+            yield self._batch(indices[begin:end])
+            begin = end
+
+    def _fits(self, num_examples: int, longest: int, num_points: int) -> bool:
+        if self._memory_mib is None:
+            return num_examples * longest * num_points <= ROWS_PER_PASS
+        return num_points * self._package.manifest.widths.activation_mib(num_examples, longest) <= self._memory_mib
+
+    def _batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        examples, manifest = self._examples, self._package.manifest
+        rows = [examples.token_ids[index] for index in indices]
+        mask = _padded([np.ones_like(row) for row in rows], 0)
+        given = _padded(rows, manifest.pad_id)
+        if PREFIX in manifest.graphs:
+            for index, row in zip(indices, rows, strict=True):
+                if index not in examples.states:
+                    alone = {"token_ids": row[None], "mask": np.ones_like(row)[None]}
+                    examples.states[index] = self._package.run(PREFIX, alone)["states"][0]
+            given = _padded([examples.states[index] for index in indices], 0)
+        return {"given": given, "mask": mask, "labels": examples.labels[list(indices)]}
+
+    def _check(self, points: Float32[np.ndarray, "P n"]) -> None:
+        expected = self._package.manifest.num_parameters
+        if points.shape[1] != expected:
+            raise ConfigError(
+                f"theta: found {points.shape[1]} parameters, the package {self._package.path} has {expected}; "
+                "write a package with the settings of the run"
+            )
+
+
+def open_package(path: Path | str, *, num_threads: int = 1) -> Package:
+    """Reads a package, checks it, and runs it once on texts whose losses it knows.
+
+    Args:
+        path: A directory that `cooperllm package` has written.
+        num_threads: Threads of one operator, >= 1.
+
+    Returns:
+        The package, ready for `OnnxForward`.
+
+    Raises:
+        PackageError: If it is damaged, of another version, or does not give its golden losses on this machine.
+    """
+    package = read_package(path, num_threads=num_threads)
+    golden = package.manifest.golden
+    examples = package.encode(golden.texts, None, golden.labels)
+    if [row.tolist() for row in examples.token_ids] != [list(row) for row in golden.token_ids]:
+        raise PackageError(f"{package.path}: this `tokenizers` reads the golden texts as other tokens; install another version")
+    points = golden_points(package.theta, golden)
+    losses = OnnxForward(package, examples, range(len(examples)), None).evaluate(range(len(examples)))[0](points)
+    # Written so that a loss that is not a number is refused, too.
+    if not np.all(np.abs(losses - np.array(golden.losses, np.float32)) <= golden.tolerance):
+        raise PackageError(
+            f"{package.path}: golden losses {losses.round(5).tolist()} found, {[round(loss, 5) for loss in golden.losses]} expected within "
+            f"{golden.tolerance}; this machine computes something else: install another onnxruntime, or take the variant fp32"
+        )
+    return package
+
+
+def golden_points(theta: Float32[np.ndarray, "n"], golden: Golden) -> Float32[np.ndarray, "P n"]:
+    """Makes the points whose losses a package knows: θ_0 + scale_p · z(seed, p).
+
+    Args:
+        theta: θ_0.
+        golden: Seed and scales.
+
+    Returns:
+        Points, shape [P, n].
+    """
+    return np.stack([
+        theta + np.float32(scale) * noise.gaussian(golden.seed, number, len(theta)) for number, scale in enumerate(golden.scales)
+    ])
+
+
+def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    """Stacks rows of different lengths."""
+    padded = np.full((len(rows), max(len(row) for row in rows), *rows[0].shape[1:]), value, rows[0].dtype)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return padded
+
+
+def _log_softmax(scores: Float32[np.ndarray, "B C"]) -> Float32[np.ndarray, "B C"]:
+    with np.errstate(invalid="ignore"):  # inf - inf: the loss says so
+        shifted = scores - scores.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -1,0 +1,147 @@
+"""Writes a device package, and opens it as a device would before anybody else does."""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from cooperllm.config import Variant
+from cooperllm.device.manifest import (
+    MANIFEST,
+    PACKAGE_VERSION,
+    THETA,
+    TOKENIZER,
+    WEIGHTS,
+    FileEntry,
+    Golden,
+    HeadEntry,
+    Manifest,
+    ModuleEntry,
+)
+from cooperllm.device.onnx_forward import golden_points, open_package
+from cooperllm.errors import ConfigError, PackageError
+from cooperllm.models import Model
+from cooperllm.packaging.trace import graphs_of
+from cooperllm.packaging.weights import to_int8_rows, write_graphs
+
+GOLDEN_TEXTS = ("A stirring film.", "It fell apart quickly, and nobody in the room was sorry.", "Fine")
+GOLDEN_SEED = 20_260
+GOLDEN_SCALES = (0.0, 0.02)
+TOLERANCES = {Variant.FP32: 1e-4, Variant.INT8: 0.05}
+"""Of golden losses. Float32 differs between machines in the last bits; integer kernels round in their own ways."""
+
+
+def write_package(
+    model: Model, theta: Float32[np.ndarray, "n"], directory: Path | str, *, label_names: Sequence[str], variant: Variant, seed: int
+) -> Manifest:
+    """Writes what a device needs to run a model without PyTorch.
+
+    Args:
+        model: The model.
+        theta: θ_0, shape [n].
+        directory: A missing or empty directory; it appears when all is written and has been run once.
+        label_names: Names of the classes.
+        variant: How the frozen weights are kept.
+        seed: The run's seed that θ_0 belongs to.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: If the directory is taken, or the model cannot be written.
+        PackageError: If the package does not give PyTorch's losses on this machine.
+    """
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: found something there, expected a missing or empty directory; choose another or remove it")
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an attempt that was interrupted
+    part.mkdir(parents=True)
+    try:
+        manifest = _written(model, theta, part, label_names, variant, seed)
+        open_package(part)
+    except PackageError as error:
+        raise PackageError(f"the package does not do what the model does: {error}") from error
+    finally:
+        if not (part / MANIFEST).is_file():
+            shutil.rmtree(part)
+    part.replace(target)
+    return manifest
+
+
+def _written(
+    model: Model, theta: Float32[np.ndarray, "n"], part: Path, label_names: Sequence[str], variant: Variant, seed: int
+) -> Manifest:
+    (part / TOKENIZER).write_text(model.tokenizer_json(), encoding="utf8")
+    theta.astype("<f4").tofile(part / THETA)
+    labels = [number % model.num_classes for number in range(len(GOLDEN_TEXTS))]
+    examples = model.encode(GOLDEN_TEXTS, None, labels)
+    batch = model.batch(examples, range(len(examples)))
+    graphs, seen = graphs_of(model, torch.from_numpy(theta.copy()), batch)
+    if variant is Variant.INT8:
+        for graph in graphs.values():
+            to_int8_rows(graph)
+    write_graphs(graphs, part, WEIGHTS)
+    golden = Golden(
+        texts=GOLDEN_TEXTS,
+        token_ids=tuple(tuple(row.tolist()) for row in examples.token_ids),
+        labels=tuple(labels),
+        seed=GOLDEN_SEED,
+        scales=GOLDEN_SCALES,
+        losses=(0.0,) * len(GOLDEN_SCALES),
+        tolerance=TOLERANCES[variant],
+    )
+    losses: list[float] = []
+    for point in golden_points(theta, golden):
+        with torch.no_grad():
+            losses.append(float(torch.nn.functional.cross_entropy(model.scores(torch.from_numpy(point), batch), batch.labels)))
+    adapted, has_feedback = model.adapted, bool(seen)
+    manifest = Manifest(
+        format_version=PACKAGE_VERSION,
+        variant=variant,
+        model=model.config.name,
+        seed=seed,
+        label_names=tuple(label_names),
+        num_parameters=model.layout.size,
+        num_classes=model.num_classes,
+        objective=model.config.objective,
+        max_tokens=model.config.max_tokens,
+        prompt=model.config.prompt,
+        pad_id=model.pad_id,
+        widths=model.widths,
+        modules=tuple(
+            ModuleEntry(input_size=size[0], output_size=size[1], start=module.start, stop=module.stop, seen=place)
+            for module, size, place in zip(adapted.modules, adapted.sizes, seen, strict=True)
+        )
+        if has_feedback
+        else (),
+        head=HeadEntry(weight=adapted.head.weight, bias=adapted.head.bias) if adapted.head is not None else None,
+        graphs=tuple(graphs),
+        files={file.name: _entry(file) for file in sorted(part.iterdir())},
+        golden=replace(golden, losses=tuple(losses)),
+    )
+    (part / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+    return manifest
+
+
+def _entry(file: Path) -> FileEntry:
+    with file.open("rb") as stream:
+        return FileEntry(size=file.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def package_bytes(manifest: Manifest) -> int:
+    """Adds up the files of a package.
+
+    Args:
+        manifest: Of the package.
+
+    Returns:
+        Bytes, without the manifest itself.
+    """
+    return sum(entry.size for entry in manifest.files.values())

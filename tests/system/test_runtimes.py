@@ -1,0 +1,320 @@
+"""One contract for both runtimes, PyTorch and ONNX Runtime, and what a device package refuses.
+
+Run: pytest tests/system/test_runtimes.py
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import cooperllm
+from cooperllm.algorithm import noise, replay, zeroth_order
+from cooperllm.algorithm.compression import pack_vector
+from cooperllm.assembly import Material, assemble, write_device_package
+from cooperllm.cli import app
+from cooperllm.cloud import MapFitter
+from cooperllm.config import AdapterKind, ArmName, EngineName, Objective, RunConfig, RuntimeName, SourceConfig, Variant
+from cooperllm.device.onnx_forward import OnnxForward, open_package
+from cooperllm.device.runtime import Runtime, Trainer
+from cooperllm.device.torch_forward import TorchForward
+from cooperllm.errors import ConfigError, DecodeError, PackageError
+from cooperllm.run_directory import RunDirectory
+
+CHOSEN = list(range(8))
+IA3 = "--adapter ia3 --target-modules k_proj,v_proj --set model.objective=head --set model.last_layers=null --set model.label_words=[]"
+
+
+def tiny(runtime, arm=ArmName.FEEDBACK):
+    return replace(cooperllm.recipe("tiny").with_arm(arm), engine=EngineName.LOOPBACK, runtime=runtime)
+
+
+@pytest.fixture(scope="module")
+def onnx_run(tmp_path_factory):
+    """A whole run whose devices never touch PyTorch; its package serves the other tests."""
+    return cooperllm.run(tiny(RuntimeName.ONNX), tmp_path_factory.mktemp("onnx") / "run")
+
+
+def label_words(onnx_run, _directory):
+    """A causal language model with frozen layers below the adapted one."""
+    return tiny(RuntimeName.ONNX), onnx_run.path / "package"
+
+
+def ia3_with_head(_onnx_run, directory):
+    """IA3 on all layers, so that token ids enter the graphs, and a trained head; written by the command line."""
+    path = directory / "package"
+    result = CliRunner().invoke(app, ["package", str(path), "--recipe", "tiny", *IA3.split()])
+    assert result.exit_code == 0, result.output
+    assert "MiB" in result.output
+    config = tiny(RuntimeName.ONNX)
+    model = replace(
+        config.model,
+        adapter=AdapterKind.IA3,
+        target_modules=("k_proj", "v_proj"),
+        objective=Objective.HEAD,
+        last_layers=None,
+        label_words=(),
+    )
+    return replace(config, model=model), path
+
+
+def default_model(_onnx_run, directory):
+    """MiniLM as the demo has it."""
+    data = replace(
+        RunConfig().data, public=SourceConfig(max_examples=64), private=SourceConfig(max_examples=48), num_test=2, num_validation=2
+    )
+    config = replace(cooperllm.recipe("demo").config, data=data)
+    write_device_package(config, Material(config), directory / "package", Variant.FP32)
+    return config, directory / "package"
+
+
+@pytest.fixture(scope="module", params=[label_words, ia3_with_head, default_model], ids=lambda make: make.__name__)
+def pair(request, tmp_path_factory):
+    """The same device twice, at a θ where every gradient is alive."""
+    config, path = request.param(request.getfixturevalue("onnx_run"), tmp_path_factory.mktemp("pair"))
+    material, package = Material(config), open_package(path)
+    model, texts = material.model, material.task.private
+    examples = package.encode(texts.texts, texts.second_texts, texts.labels)
+    shard = range(3, 3 + 2 * len(CHOSEN))
+    runtimes = {
+        "torch": TorchForward(model, material.private, shard, None, 1.0),
+        "onnx": OnnxForward(package, examples, shard, None, 1.0),
+    }
+    theta = package.theta + 0.02 * np.sin(np.arange(len(package.theta), dtype=np.float32))
+    maps = MapFitter(model, material.public, num_examples=32, num_components=8, rank=8, bits=8, most_blocks=2).fit(theta, 1, 1)
+    return SimpleNamespace(material=material, package=package, examples=examples, runtimes=runtimes, theta=theta, maps=maps, **runtimes)
+
+
+def directions(pair, count):
+    return [noise.gaussian(5, index, len(pair.theta)) for index in range(count)]
+
+
+def points(pair, count):
+    return np.stack([pair.theta + np.float32(0.01) * z for z in directions(pair, count)])
+
+
+# What both give.
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx"])
+def test_a_runtime_keeps_the_seam_and_only_pytorch_back_propagates(pair, name):
+    assert isinstance(pair.runtimes[name], Runtime)
+    assert isinstance(pair.runtimes[name], Trainer) is (name == "torch")
+    assert pair.runtimes[name].num_examples == 2 * len(CHOSEN)
+
+
+def test_both_read_texts_as_the_same_tokens(pair):
+    assert [row.tolist() for row in pair.examples.token_ids] == [row.tolist() for row in pair.material.private.token_ids]
+    long = "a long and winding sentence about nothing " * 99
+    found = pair.package.encode([long], ["another one"], [1]).token_ids[0]
+    assert found.tolist() == pair.material.model.encode([long], ["another one"], [1]).token_ids[0].tolist()
+    assert len(found) <= pair.package.manifest.max_tokens
+
+
+def test_losses_agree(pair):
+    found = [runtime.evaluate(CHOSEN)[0](points(pair, 3)) for runtime in pair.runtimes.values()]
+    # Float32 losses near 1 have steps of 1.2e-7; a pass adds up some hundred terms.
+    np.testing.assert_allclose(found[0], found[1], atol=2e-6)
+    assert np.ptp(found[0]) > 1e-4
+
+
+def test_slopes_agree_relative_to_the_gradient(pair):
+    found = [
+        zeroth_order.slopes(runtime.evaluate(CHOSEN)[0], pair.theta, directions(pair, 4), 0.1, points_per_pass=2)
+        for runtime in pair.runtimes.values()
+    ]
+    model, batch = pair.material.model, pair.material.model.batch(pair.material.private, [3 + index for index in CHOSEN])
+    point = torch.from_numpy(pair.theta.copy()).requires_grad_()
+    scores = model.scores(point, batch) + torch.from_numpy(pair.onnx._shift)
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(scores, batch.labels), point)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5 * float(gradient.norm()))
+    assert np.abs(found[0]).max() > 0.01 * float(gradient.norm())
+
+
+@pytest.mark.parametrize("has_maps", [False, True])
+def test_estimates_agree(pair, has_maps):
+    (first, loss), (second, other) = (
+        runtime.estimate(pair.theta, CHOSEN, [pair.maps] if has_maps else []) for runtime in pair.runtimes.values()
+    )
+    assert loss == pytest.approx(other, abs=2e-6)
+    assert np.linalg.norm(first - second) <= 1e-5 * np.linalg.norm(first)
+    assert bool(first.any()) is (has_maps or pair.package.manifest.head is not None)
+
+
+# What each keeps.
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx"])
+def test_one_point_and_several_in_a_pass_agree(pair, name):
+    losses = pair.runtimes[name].evaluate(CHOSEN)[0]
+    several = points(pair, 5)
+    for count in (1, 2):
+        # Kernels add up in another order for another number of rows.
+        np.testing.assert_allclose(losses(several[:count]), losses(several)[:count], atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx"])
+def test_a_batch_has_the_mean_of_its_examples_losses(pair, name):
+    runtime = pair.runtimes[name]
+    alone = [runtime.evaluate([index])[0](pair.theta[None])[0] for index in CHOSEN]
+    assert runtime.evaluate(CHOSEN)[0](pair.theta[None])[0] == pytest.approx(np.mean(alone), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx"])
+def test_a_runtime_never_moves_what_it_is_given(pair, name):
+    runtime, given, theta = pair.runtimes[name], points(pair, 2), pair.theta.copy()
+    before = given.tobytes(), theta.tobytes()
+    given.flags.writeable = theta.flags.writeable = name == "torch"  # PyTorch warns of arrays that it must not write to
+    runtime.evaluate(CHOSEN)[0](given)
+    first = runtime.estimate(theta, CHOSEN, [pair.maps])[0]
+    assert (given.tobytes(), theta.tobytes()) == before
+    assert runtime.estimate(theta, CHOSEN, [pair.maps])[0].tobytes() == first.tobytes()
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx"])
+def test_maps_of_another_model_are_refused(pair, name):
+    few = pack_vector(np.ones(7, np.float32), 32)
+    strange = replace(pair.maps, contrasts=np.ones((1, 2), np.float32), num_components=1, basis=few, rank=1, factors=few)
+    with pytest.raises(DecodeError):
+        pair.runtimes[name].estimate(pair.theta, CHOSEN, [strange])
+
+
+def test_a_memory_budget_decides_how_passes_are_cut_and_changes_nothing(pair):
+    widths, given = pair.package.manifest.widths, points(pair, 2)
+    small, large = (
+        OnnxForward(pair.package, pair.examples, pair.onnx.shard, budget, 1.0).evaluate(CHOSEN)
+        for budget in (widths.activation_mib(1, 8), 4 * widths.activation_mib(1, pair.package.manifest.max_tokens))
+    )
+    assert (small[1], pair.onnx.evaluate(CHOSEN)[1]) == (1, 1)
+    assert large[1] >= 4
+    np.testing.assert_allclose(small[0](given), large[0](given), atol=2e-6)
+
+
+def test_what_does_not_fit_the_package_is_refused_in_a_sentence(pair):
+    with pytest.raises(ConfigError, match=r"theta: found 3 parameters, the package .* has \d+"):
+        pair.onnx.evaluate(CHOSEN)[0](np.zeros((1, 3), np.float32))
+    with pytest.raises(ConfigError, match="labels: found 1 of"):
+        pair.package.encode(["a text"], None, [2])
+    with pytest.raises(ConfigError, match="shard: found no examples"):
+        OnnxForward(pair.package, pair.examples, [], None)
+
+
+# Whole runs.
+
+
+def test_a_run_on_onnx_runtime_follows_the_path_of_the_reference(onnx_run, tmp_path):
+    reference = cooperllm.run(tiny(RuntimeName.TORCH), tmp_path / "run")
+    paths = []
+    for run in (onnx_run, reference):
+        files = RunDirectory(run.path)
+        replica, path = assemble(files).start, []
+        for update in files.updates():
+            replica = replay.apply(replica, update, files.config().optimizer)
+            path.append(replica.theta)
+        paths.append(np.stack(path))
+    moved = np.linalg.norm(paths[1] - assemble(RunDirectory(reference.path)).start.theta, axis=1)
+    # An estimate is packed in 8 bits: a last bit may turn a rounding over, and that by 1/127 of the largest entry of a block.
+    assert (np.linalg.norm(paths[0] - paths[1], axis=1) < 0.02 * moved).all()
+    assert onnx_run.summary["arms"]["feedback"]["forward_passes"] == reference.summary["arms"]["feedback"]["forward_passes"]
+
+
+def test_back_propagation_on_devices_needs_pytorch():
+    with pytest.raises(ConfigError, match=r"runtime: found 'onnx', expected torch for the arm fedavg-bp"):
+        tiny(RuntimeName.ONNX, ArmName.FEDAVG_BP)
+
+
+ALONE = """
+import sys
+import numpy as np
+import cooperllm.device
+from cooperllm.device.onnx_forward import OnnxForward, open_package
+package = open_package(sys.argv[1])
+device = OnnxForward(package, package.encode(["a fine film", "a bad one"], None, [1, 0]), [0, 1], None, 1.0)
+print(device.evaluate([0, 1])[0](np.stack([package.theta, package.theta])).tolist(), device.estimate(package.theta, [0, 1], None)[1])
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "peft", "datasets", "onnx", "safetensors"}))
+"""
+
+
+def test_a_device_has_never_imported_pytorch(onnx_run):
+    found = subprocess.run([sys.executable, "-c", ALONE, str(onnx_run.path / "package")], check=True, capture_output=True, text=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+# Packages that are not what they say.
+
+
+@pytest.fixture
+def package(onnx_run, tmp_path):
+    return shutil.copytree(onnx_run.path / "package", tmp_path / "package")
+
+
+def edit(package, **changes):
+    manifest = json.loads((package / "manifest.json").read_text())
+    (package / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def cut(file, kept):
+    file.write_bytes(file.read_bytes()[:kept])
+
+
+def flip(file, position):
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda p: flip(p / "weights.bin", 5000), "weights.bin: SHA-256 .* expected; copy the package again"),
+        (lambda p: flip(p / "losses.onnx", 500), "losses.onnx: SHA-256"),
+        (lambda p: cut(p / "weights.bin", 100), "weights.bin: 100 bytes found, [0-9]+ bytes expected"),
+        (lambda p: (p / "observe.onnx").unlink(), "observe.onnx: no file found"),
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json does not exist: .* is not a device package"),
+        (lambda p: cut(p / "manifest.json", 100), "manifest.json is damaged"),
+        (lambda p: (p / "manifest.json").write_bytes(b" " * (1 << 20) + b"{}"), "at most 1048576 expected"),
+        (lambda p: edit(p, format_version=0), "format version 0 found, 1 expected"),
+        (lambda p: edit(p, num_classes=1 << 40), "manifest.json is damaged"),
+        (lambda p: edit(p, num_parameters=7), "ranges .* of 7 parameters expected"),
+        (lambda p: edit(p, graphs=["losses", "strange"]), "graphs .* expected"),
+        (lambda p: edit(p, files={"../config.json": {"size": 1, "sha256": "0" * 64}}), "manifest.json is damaged"),
+        (lambda p: edit(p, label_names=["one"]), "1 label names found, 2 expected"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_not_what_it_says_is_refused(package, damage, sentence):
+    damage(package)
+    with pytest.raises(PackageError, match=sentence):
+        open_package(package)
+
+
+def test_a_machine_that_computes_other_losses_does_not_take_part(package):
+    golden = json.loads((package / "manifest.json").read_text())["golden"]
+    edit(package, golden=golden | {"losses": [loss + 2e-3 for loss in golden["losses"]]})
+    with pytest.raises(PackageError, match=r"golden losses .* found, .* expected within 0.0001"):
+        open_package(package)
+    edit(package, golden=golden | {"token_ids": [row[:-1] for row in golden["token_ids"]]})
+    with pytest.raises(PackageError, match="reads the golden texts as other tokens"):
+        open_package(package)
+
+
+def test_a_package_is_never_written_over_something(package):
+    config = tiny(RuntimeName.ONNX)
+    with pytest.raises(ConfigError, match="found something there"):
+        write_device_package(config, Material(config), package, Variant.FP32)
+
+
+def test_a_model_whose_every_parameter_is_trained_has_no_package(tmp_path):
+    config = tiny(RuntimeName.ONNX, ArmName.MEASURED)
+    config = replace(config, model=replace(config.model, adapter=AdapterKind.FULL))
+    with pytest.raises(
+        ConfigError, match=r"model\.adapter: found trained parameters in .* choose --adapter lora or ia3, or --runtime torch"
+    ):
+        write_device_package(config, Material(config), tmp_path / "package", Variant.FP32)
+    assert list(tmp_path.iterdir()) == []
