@@ -63,7 +63,9 @@ Engine = Annotated[EngineName | None, typer.Option("--engine", help="What carrie
 Runtime = Annotated[RuntimeName | None, typer.Option("--runtime", help="What runs forward on a device: PyTorch, or ONNX Runtime.")]
 MemoryMib = Annotated[float | None, typer.Option("--memory-mib", help="Memory for batched points on a device; one by one by default.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Step size; the recipe's by default.")]
-OptimizerName = Annotated[OptimizerKind | None, typer.Option("--optimizer", help="The server's optimiser; rates are for momentum.")]
+OptimizerName = Annotated[
+    OptimizerKind | None, typer.Option("--optimizer", help="The server's optimiser; an arm's rate belongs to the recipe's.")
+]
 Adapter = Annotated[AdapterKind | None, typer.Option("--adapter", help="What is trained.")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Several seeds, comma-separated; the report shows their spread.")]
 RoundsOf = Annotated[str, typer.Option("--rounds-of", help="Rounds of single arms: mezo-fl=200,decomfl=200.")]

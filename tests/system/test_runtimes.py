@@ -286,6 +286,9 @@ def flip(file, position):
         (lambda p: edit(p, graphs=["losses", "strange"]), "graphs .* expected"),
         (lambda p: edit(p, files={"../config.json": {"size": 1, "sha256": "0" * 64}}), "manifest.json is damaged"),
         (lambda p: edit(p, label_names=["one"]), "1 label names found, 2 expected"),
+        (lambda p: edit(p, prompt="{text:999999999}"), "prompt .* nothing but {text} and {text2} expected"),
+        (lambda p: edit(p, prompt="{text.__class__}"), "prompt .* nothing but {text} and {text2} expected"),
+        (lambda p: edit(p, prompt="{text"), "prompt .* nothing but {text} and {text2} expected"),
     ],
 )  # fmt: skip
 def test_a_package_that_is_not_what_it_says_is_refused(package, damage, sentence):

@@ -13,7 +13,7 @@ Dimension key: k columns, n trainable parameters.
 
 References:
     Sutskever et al., 2013, On the importance of initialization and momentum in deep learning, Eq. (1)-(2).
-    Kingma and Ba, 2015, Adam, arXiv:1412.6980, Algorithm 1.
+    Kingma and Ba, 2015, Adam, arXiv:1412.6980, Algorithm 1. Reddi et al., 2021, arXiv:2003.00295: at a server, over what devices send.
     Zelikman et al., 2023, Just one byte (per gradient), arXiv:2306.10015: a run as seeds and scalars.
 """
 

@@ -12,6 +12,7 @@ Dimension key: n trainable parameters, C classes, P points, H and D size of a mo
 """
 
 from dataclasses import dataclass
+from string import Formatter
 from typing import Annotated
 
 from msgspec import Meta
@@ -172,6 +173,17 @@ class Manifest:
             return f"{len(self.label_names)} label names found, {self.num_classes} expected"
         if not len(golden.texts) == len(golden.token_ids) == len(golden.labels) or max(golden.labels) >= self.num_classes:
             return f"golden labels {golden.labels} found, one of {self.num_classes} classes for each of {len(golden.texts)} texts expected"
+        if not _only_fills_in(self.prompt):
+            return f"prompt {self.prompt[:99]!r} found, nothing but {{text}} and {{text2}} expected to be filled in"
         if len(golden.scales) != len(golden.losses):
             return f"{len(golden.losses)} golden losses found, {len(golden.scales)} expected"
         return None
+
+
+def _only_fills_in(prompt: str) -> bool:
+    """Tells whether a prompt puts texts in place and does nothing else: a width in it could ask for any amount of memory."""
+    try:
+        fields = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(prompt) if name is not None]
+    except ValueError:
+        return False
+    return all(name in {"text", "text2"} and not form and conversion is None for name, form, conversion in fields)
