@@ -1,8 +1,8 @@
 """Recipes: functions that return a whole configuration, every arm with the optimiser and the learning rate that were found for it.
 
-Estimates and gradients of back-propagation go to Adam, at one rate for every task: with a head or without one, of two classes or of 77
-(`docs/log.md`). Steps made of slopes go to momentum: along random directions Adam would divide noise by noise. With momentum a rate belongs
-to a task; recipes with label texts have four times that with a head.
+Estimates, and gradients of back-propagation, go to Adam, at one rate for every task: with a head or without one, of two classes or of 77
+(`docs/log.md`). Steps made of random directions go to momentum: Adam would divide noise by noise. With momentum a rate belongs to a task;
+recipes with label texts have four times that with a head.
 
 The arms `decomfl`, `fedkseed`, `fwdllm` and `warm-start` have that of `mezo-fl` until a search on validation has found theirs.
 
@@ -28,11 +28,11 @@ from cooperllm.errors import ConfigError
 LABEL_TEXTS_FACTOR = 4.0
 """How much larger rates of momentum are without a head."""
 
-ADAPTIVE = frozenset({ArmName.FEEDBACK, ArmName.CLOUD_ONLY, ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED})
-"""Arms that recipes give to Adam: those that have an estimate or a gradient for every parameter."""
+ADAPTIVE = frozenset({ArmName.FEEDBACK, ArmName.MEASURED, ArmName.CLOUD_ONLY, ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED})
+"""Arms that recipes give to Adam: those whose step is more than a sum of random directions."""
 
 ADAPTIVE_RATE = 0.005
-"""Adam's step size, the same for all of them: the best of .0025, .005 and .01 wherever a search was made."""
+"""Adam's step size, the same for all of them and every task: `docs/log.md` has the searches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class Recipe:
 
 def demo(_data_directory: str = "") -> Recipe:
     """Reviews written by the embedded generator: the cloud has cameras, phones and kitchens, the devices films, books, hotels and more."""
-    arms = _arms(measured=0.05, paper=0.1, unguided=2e-3, warm_start=0.03)
+    arms = _arms(paper=0.1, unguided=2e-3, warm_start=0.03)
     # The same words praise a camera and damn a hotel here: the cloud's own gradient gets no say beside what the devices measure.
     arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], public_weight=0.0)
     config = RunConfig(
@@ -70,7 +70,7 @@ def demo(_data_directory: str = "") -> Recipe:
 
 def sentiment_shift(data_directory: str = "data") -> Recipe:
     """Product reviews at the cloud (customer_reviews), film sentences on the devices (sst2): a shift of domain."""
-    arms = _arms(measured=0.06, paper=0.4, unguided=1e-3, warm_start=0.08)
+    arms = _arms(paper=0.4, unguided=1e-3, warm_start=0.08)
     # Probes mixed from a basis take in the noise of unlike devices (two classes, Dirichlet 0.5); isotropic ones, lightly weighed, hardly.
     arms[ArmName.MEASURED] = replace(arms[ArmName.MEASURED], basis_size=0, effective_rank=4000.0)
     data = DataConfig(public=SourceConfig(name=f"{data_directory}/customer_reviews"), private=SourceConfig(name=f"{data_directory}/sst2"))
@@ -80,7 +80,7 @@ def sentiment_shift(data_directory: str = "data") -> Recipe:
 
 def missing_topics(data_directory: str = "data") -> Recipe:
     """News topics (ag_news) of which the cloud has seen two of four: missing classes."""
-    arms = _arms(measured=0.08, paper=0.1, unguided=1e-3, warm_start=0.01)
+    arms = _arms(paper=0.1, unguided=1e-3, warm_start=0.01)
     source = SourceConfig(name=f"{data_directory}/ag_news")
     public = replace(source, keep_labels=("0", "1"), max_examples=400)
     config = RunConfig(recipe="missing-topics", data=DataConfig(public=public, private=source), num_rounds=60, arm=arms[ArmName.FEEDBACK])
@@ -100,7 +100,7 @@ def missing_topics_label_texts(data_directory: str = "data") -> Recipe:
 
 def tiny(_data_directory: str = "") -> Recipe:
     """A two-layer Llama of random weights with label words: it learns little, in seconds, and is for trying things out."""
-    arms = _arms(measured=0.03, paper=0.03, unguided=1e-3, warm_start=0.03)
+    arms = _arms(paper=0.03, unguided=1e-3, warm_start=0.03)
     arms[ArmName.WARM_START] = replace(arms[ArmName.WARM_START], warm_start_rounds=2)
     model = ModelConfig(
         name="tiny-llama",
@@ -165,10 +165,9 @@ def _scaled(arm: ArmConfig, factor: float) -> ArmConfig:
     return replace(arm, learning_rate=factor * arm.learning_rate, warm_start_learning_rate=factor * arm.warm_start_learning_rate)
 
 
-def _arms(*, measured: float, paper: float, unguided: float, warm_start: float) -> dict[ArmName, ArmConfig]:
+def _arms(*, paper: float, unguided: float, warm_start: float) -> dict[ArmName, ArmConfig]:
     """Gives every arm its rate; those that step along random directions share one, and so do those that Adam scales."""
     rates = {
-        ArmName.MEASURED: measured,
         ArmName.PAPER: paper,
         ArmName.MEZO_FL: unguided,
         ArmName.DECOMFL: unguided,

@@ -33,9 +33,9 @@ def test_a_recipe_with_label_texts_differs_from_its_task_in_how_scores_are_made_
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_adam_has_one_rate_and_goes_to_the_arms_that_know_every_parameters_gradient(name):
+def test_adam_has_one_rate_and_goes_to_the_arms_that_do_not_step_along_random_directions_alone(name):
     made = recipe(name, "elsewhere")
     adaptive = {arm for arm in made.arms if made.with_arm(arm).optimizer.kind is OptimizerKind.ADAM}
-    assert adaptive == {ArmName.FEEDBACK, ArmName.CLOUD_ONLY, ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED}
+    assert adaptive == {ArmName.FEEDBACK, ArmName.MEASURED, ArmName.CLOUD_ONLY, ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED}
     assert {made.arms[arm].learning_rate for arm in adaptive} == {0.005}
     assert made.config == made.with_arm(ArmName.FEEDBACK)
