@@ -217,7 +217,8 @@ def package_command(
     """Write what a device without PyTorch needs to take part: ONNX graphs, weights, tokeniser, manifest."""
     options = {key: value for key, value in locals().items() if key not in {"target", "recipe", "variant", "data_directory"}}
     config = _changed(recipes.recipe(recipe, data_directory).config, options)
-    size = assembly.write_device_package(config, assembly.Material(config), target, variant)
+    with console.status("tracing the model, writing its weights, comparing losses"):
+        size = assembly.write_device_package(config, assembly.Material(config), target, variant)
     console.print(f"package of {size / 2**20:.1f} MiB written to {target}", highlight=False, soft_wrap=True)
 
 
