@@ -111,14 +111,13 @@ def rademacher(seed: int, index: int, size: int) -> Float32[np.ndarray, "n"]:
     return (1 - 2 * lanes.astype(np.int8)).astype(np.float32)
 
 
-def uniform(seed: int, index: int, size: int, *, stream: Stream = Stream.ROUNDING) -> Float64[np.ndarray, "n"]:
+def uniform(seed: int, index: int, size: int) -> Float64[np.ndarray, "n"]:
     """Draws numbers between 0 and 1, eq. (4).
 
     Args:
         seed: Names a family of draws, in [0, 2⁶⁴).
         index: Draw within the family, in [0, 2⁶⁴).
         size: Number of values n >= 0.
-        stream: Purpose of the bits.
 
     Returns:
         float64 values in (0, 1), each exact, shape [n].
@@ -127,7 +126,7 @@ def uniform(seed: int, index: int, size: int, *, stream: Stream = Stream.ROUNDIN
         >>> uniform(7, 3, 2).round(4)
         array([0.6056, 0.8654])
     """
-    lanes = bits(seed, index, -(-size // 2), stream=stream).view("<u4")[:size]
+    lanes = bits(seed, index, -(-size // 2), stream=Stream.ROUNDING).view("<u4")[:size]
     return (lanes + 0.5) / 2.0**32
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK
 from cooperllm.errors import ConfigError
 from cooperllm.models import Batch, Model
 from cooperllm.packaging.graphs import Losses, Observe, PlainLinear, Prefix, PullBack, only_label_words
@@ -41,8 +42,8 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
     graphs: dict[str, onnx.ModelProto] = {}
     with _tracing(model):
         if model.prefix is not None:
-            graphs["prefix"] = _onnx(Prefix(model), (batch.token_ids, batch.mask), (rows, rows), ["token_ids", "mask"], ["states"])
-        graphs["losses"] = _onnx(
+            graphs[PREFIX] = _onnx(Prefix(model), (batch.token_ids, batch.mask), (rows, rows), ["token_ids", "mask"], ["states"])
+        graphs[LOSSES] = _onnx(
             Losses(model),
             (given, batch.mask, batch.labels, shift, point),
             (rows, rows, {0: dynamic}, None, {0: dynamic}),
@@ -55,10 +56,10 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
         seen = outputs[1 + (model.adapted.head is not None) :]
         names = [f"seen_{place}" for place in range(len(seen))]
         first = ["scores", *(["pooled"] if model.adapted.head is not None else []), *names]
-        graphs["observe"] = _onnx(observe, (given, batch.mask, theta), (rows, rows, None), ["given", "mask", "theta"], first)
+        graphs[OBSERVE] = _onnx(observe, (given, batch.mask, theta), (rows, rows, None), ["given", "mask", "theta"], first)
         deltas = [torch.zeros(*batch.mask.shape, size) for _, size in model.adapted.sizes]
         arguments = (theta, *deltas, *seen)
-        graphs["pull_back"] = _onnx(
+        graphs[PULL_BACK] = _onnx(
             _functional(PullBack(model, observe), arguments),
             arguments,
             [None, *(dict.fromkeys(range(tensor.dim()), either) for tensor in arguments[1:])],
