@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,7 +28,31 @@ from cooperllm.round import run_round
 from cooperllm.run_directory import RunDirectory
 
 ROWS = ("inference", "measured", "feedback", "mezo-fl", "fedavg-bp", "fedavg-bp-checkpointed")
-BATCHES = ((16, False), (16, True), (1, False))
+
+
+class Setting(NamedTuple):
+    """What a device runs on.
+
+    Attributes:
+        batch_size: Texts.
+        prefix: What becomes of frozen layers: "computed" in every pass, "cached" once per text, or "none" frozen.
+        num_layers: Adapted layers, the last ones of six.
+        max_tokens: Where texts are cut.
+    """
+
+    batch_size: int
+    prefix: str
+    num_layers: int
+    max_tokens: int
+
+
+SETTINGS = (
+    Setting(16, "computed", 2, 32),
+    Setting(16, "cached", 2, 32),
+    Setting(1, "computed", 2, 32),
+    Setting(16, "none", 6, 32),
+    Setting(16, "none", 6, 128),
+)
 
 
 def status_mib(field: str) -> float:
@@ -38,13 +63,15 @@ def status_mib(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
-def assembly_of(row: str, batch_size: int, *, caches_prefix: bool) -> Assembly:
+def assembly_of(row: str, setting: Setting) -> Assembly:
     """Builds the run whose device is looked at; nothing is written."""
     config = cooperllm.recipe("demo").with_arm(ArmName.MEASURED if row == "inference" else ArmName(row))
     config = replace(
         config,
-        model=replace(config.model, caches_prefix=caches_prefix),
-        federation=replace(config.federation, batch_size=batch_size, num_devices=4, devices_per_round=1),
+        model=replace(
+            config.model, caches_prefix=setting.prefix == "cached", last_layers=setting.num_layers, max_tokens=setting.max_tokens
+        ),
+        federation=replace(config.federation, batch_size=setting.batch_size, num_devices=4, devices_per_round=1),
     )
     return Assembly(config, RunDirectory(Path("never-written")), Material(config))
 
@@ -73,12 +100,14 @@ def prepare(assembly: Assembly, order: Path) -> None:
     order.write_bytes(encode(replace(first, updates=(), snapshot=cloud.replica.snapshot())))
 
 
-def peak_mib(row: str, batch_size: int, *, caches_prefix: bool, order: Path) -> float:
+def peak_mib(row: str, setting: Setting, order: Path) -> float:
     """Runs one row in processes of its own."""
-    settings = [row, str(batch_size), str(int(caches_prefix)), str(order)]
-    for step in ("--prepare", "--row") if row != "inference" else ("--row",):
-        command = [sys.executable, __file__, step, *settings]
-        found = subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    settings = [row, str(order), *map(str, setting)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if row != "inference":
+        subprocess.run([sys.executable, __file__, "--prepare", *settings], check=True, env=environment)
+    command = [sys.executable, __file__, "--row", *settings]
+    found = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     return json.loads(found.stdout.splitlines()[-1])["peak_mib"]
 
 
@@ -86,12 +115,12 @@ def main() -> None:
     """Measures every row at several batch settings and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--prepare", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--row", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row or arguments.prepare:
-        row, batch_size, caches_prefix, order = arguments.row or arguments.prepare
-        assembly = assembly_of(row, int(batch_size), caches_prefix=bool(int(caches_prefix)))
+        row, order, batch_size, prefix, num_layers, max_tokens = arguments.row or arguments.prepare
+        assembly = assembly_of(row, Setting(int(batch_size), prefix, int(num_layers), int(max_tokens)))
         work(row, assembly, Path(order)) if arguments.row else prepare(assembly, Path(order))
         return
     date = datetime.date.today()
@@ -99,18 +128,19 @@ def main() -> None:
         f"# Device memory, {date}",
         "",
         f"Command: `python benchmarks/memory/benchmark.py`; {platform.machine()}, one thread, Python {platform.python_version()}, torch "
-        f"{torch.__version__}. MiniLM-L6, LoRA r 8 on query and value of the last two layers, texts of the demo (at most 32 tokens); MiB "
-        "over the import-only baseline.",
+        f"{torch.__version__}. MiniLM-L6, LoRA r 8 on query and value, texts of the demo; MiB over the import-only baseline.",
         "",
-        "| batch | frozen prefix | " + " | ".join(ROWS) + " | measured / inference | feedback / inference |",
-        "|---|---|" + "---|" * (len(ROWS) + 2),
+        "| batch | tokens at most | adapted layers | frozen prefix | "
+        + " | ".join(ROWS)
+        + " | measured / inference | feedback / inference | fedavg-bp / inference |",
+        "|---|---|---|---|" + "---|" * (len(ROWS) + 3),
     ]
     order = Path("order.tmp").resolve()
-    for batch_size, caches_prefix in BATCHES:
-        peaks = {row: peak_mib(row, batch_size, caches_prefix=caches_prefix, order=order) for row in ROWS}
+    for setting in SETTINGS:
+        peaks = {row: peak_mib(row, setting, order) for row in ROWS}
         cells = " | ".join(f"{peak:.0f}" for peak in peaks.values())
-        ratios = " | ".join(f"{peaks[row] / peaks['inference']:.3f}" for row in ("measured", "feedback"))
-        lines.append(f"| {batch_size} | {'cached' if caches_prefix else 'computed'} | {cells} | {ratios} |")
+        ratios = " | ".join(f"{peaks[row] / peaks['inference']:.3f}" for row in ("measured", "feedback", "fedavg-bp"))
+        lines.append(f"| {setting.batch_size} | {setting.max_tokens} | {setting.num_layers} | {setting.prefix} | {cells} | {ratios} |")
         print(lines[-1], flush=True)
     order.unlink()
     arguments.results.mkdir(parents=True, exist_ok=True)

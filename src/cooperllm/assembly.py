@@ -56,13 +56,8 @@ class Material:
         _ = self.shards, self.model  # loading is the check; not in an assertion, which -O would leave out
         if any(arm(name).has_maps for name in arms) and not self.model.adapted.is_complete:
             raise ConfigError(
-                f"arm.name: feedback estimates gradients of adapters and a linear head, found adapter "
-                f"'{self._config.model.adapter.value}'; choose --adapter lora or ia3, or the arm measured"
-            )
-        if any(arm(name).has_maps for name in arms) and self.model.adapted.head is None and not len(self.task.public):
-            raise ConfigError(
-                "arm.name: feedback has nothing to estimate from, found neither public text for maps nor a trained head; give the cloud "
-                "any text (labels are not needed), or choose the arm measured"
+                f"arm.name: feedback estimates gradients of adapters in layers that stand in one list, and of a linear head, found adapter "
+                f"'{self._config.model.adapter.value}' of {self._config.model.name!r}; choose --adapter lora or ia3, or the arm measured"
             )
         needy = [name.value for name in arms if arm(name).has_gradient and not arm(name).has_basis]
         if needy and set(self.task.public.labels) <= {UNLABELLED}:

@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from cooperllm.config import SUPPORTED_BITS
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
@@ -88,29 +88,33 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Maps:
-    """The other kind of guide: how the output error reaches the adapted modules, learnt on public text; whole, or what has changed.
+    """The other kind of guide: how gradients reach the layers below the last one, learnt on public text; whole, or what has changed.
 
     Attributes:
         version: Updates in the θ that they were fitted at.
         base_version: Version of the maps that these are added to; -1 for whole maps.
-        contrasts: E, shape [K, C]; a difference has those of the whole maps and sends none.
+        num_directions: Directions K of the last hidden state; 0 in a difference, which has those of the whole maps.
+        directions: q [K, D], packed; None in a difference.
         num_components: Columns c of each basis; 0 in a difference.
-        basis: V [H, c] of each adapted module, packed as one vector; None in a difference.
+        basis: V [D, c] of each mapped layer, packed as one vector; None in a difference.
         rank: Rows r of each factor.
-        factors: A [r, K (1 + 2c)] and B [r, D] of each adapted module, packed as one vector.
+        factors: A [r, K (1 + 2c)] and B [r, D] of each mapped layer, packed as one vector.
     """
 
     version: Count
     base_version: Annotated[int, Meta(ge=-1, le=1 << 32)]
-    contrasts: Float32[np.ndarray, "_K _C"]
+    num_directions: Count
+    directions: Packed | None
     num_components: Count
     basis: Packed | None
     rank: Count
     factors: Packed
 
     def __post_init__(self) -> None:
-        if (self.base_version == -1) != (self.basis is not None):
-            raise ValueError(f"maps: base version {self.base_version} found; whole maps (-1) have a basis, and differences have none")
+        if {self.base_version == -1, self.basis is not None, self.directions is not None} not in ({True}, {False}):
+            raise ValueError(
+                f"maps: base version {self.base_version} found; whole maps (-1) have directions and a basis, differences have none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +122,7 @@ class Feedback:
     """Asks a device for an estimate of its gradient, and how much of it is true.
 
     Attributes:
-        maps_version: Version of the maps to use; -1 when there are none yet and only the head's exact gradient is wanted.
+        maps_version: Version of the maps to use; -1 when there are none, and layers below the last one get its gradient.
         blocks: Half-open ranges of θ; one two-point slope is measured along the estimate's part in each.
         bits: Bits per entry of the estimate on the link: 4, 8 or 32.
         slope_scale: Half-step μ of those slopes, > 0.
@@ -340,7 +344,7 @@ class DeviceReport:
         estimate: An estimate of the private gradient in full, packed, where the plan asked for one.
         agreement: <g, ê_b> of each block of that estimate, measured as slopes, shape [b].
         energy: |ê_b|² of each block, shape [b].
-        forward_passes: Forward passes of one batch that the work took; a backward pass counts as two.
+        forward_passes: Forward passes of one batch that the work took; a backward pass counts as one, or two where all weights are trained.
     """
 
     device_id: Count

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cooperllm.activation_checkpointing import checkpointed
-from cooperllm.adapted_modules import AdaptedModules
+from cooperllm.adapted_layers import AdaptedLayers
 from cooperllm.algorithm import noise
 from cooperllm.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 from cooperllm.classifiers import LabelTexts, classifier_for
@@ -115,7 +115,7 @@ class Model:
         config: What was asked for.
         layout: Where each trained tensor lies in θ.
         num_classes: C.
-        adapted: The modules that a feedback estimate differentiates.
+        adapted: The layers that a feedback estimate differentiates.
         network: The module, in evaluation mode; what it holds of θ is not what `scores` is asked for.
         prefix: The frozen layers that are computed once per example, or None.
     """
@@ -128,7 +128,7 @@ class Model:
         trained = {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
         self.layout = Layout(names=tuple(trained), shapes=tuple(tuple(tensor.shape) for tensor in trained.values()))
         self._trained = trained
-        self.adapted = AdaptedModules(network, self.layout.ranges)
+        self.adapted = AdaptedLayers(network, self.layout.ranges)
         self.prefix = FrozenPrefix.find(network, self.layout.names) if config.caches_prefix else None
 
     def initial_parameters(self, seed: int) -> Float32[np.ndarray, "n"]:

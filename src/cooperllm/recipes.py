@@ -108,7 +108,6 @@ def tiny(_data_directory: str = "") -> Recipe:
         label_words=("bad", "good"),
         prompt="{text} It was",
         target_modules=("q_proj", "v_proj"),
-        last_layers=1,
         max_tokens=64,
     )
     source = SourceConfig(max_examples=200)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cooperllm.cloud import Closed, Cloud, Prepared
+from cooperllm.config import queries_of_estimates
 from cooperllm.edge import Edge
 from cooperllm.link.base import Link
 from cooperllm.link.codec import decode, encode
@@ -90,8 +91,8 @@ def run_round(cloud: Cloud, edges: Sequence[Edge], link: Link) -> RoundResult:
 
 
 def _queries(prepared: Prepared) -> int:
-    """Two forward passes are one query, so an estimate counts as one and so does each of its blocks."""
+    """Two forward passes are one query, so each block of an estimate counts as one and four estimates as five."""
     probes, feedback = prepared.plan.probes, prepared.plan.feedback
     columns = len(prepared.public.span) if probes is not None and probes.measures_columns else 0
     random = 0 if probes is None else probes.num_random
-    return columns + random + (0 if feedback is None else feedback.num_steps + len(feedback.blocks))
+    return columns + random + (0 if feedback is None else queries_of_estimates(feedback.num_steps) + len(feedback.blocks))

@@ -17,7 +17,7 @@ class DeviceClock:
     """The speed of one device and its link.
 
     Attributes:
-        forward_passes_per_s: Forward passes of one batch a second, > 0; a backward pass counts as two.
+        forward_passes_per_s: Forward passes of one batch a second, > 0; a backward pass counts as one, as two where all is trained.
         downlink_mbit_per_s: Speed to the device, > 0.
         uplink_mbit_per_s: Speed from the device, > 0.
         latency_s: Latency of one way, >= 0.

@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 import sample_messages
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from cooperllm.algorithm import feedback, noise, replay
 from cooperllm.algorithm.compression import BLOCK, pack_vector, unpack_vector
 from cooperllm.algorithm.guidance import digest
-from cooperllm.algorithm.maps import Fitted, pack_basis, pack_factors, unpack_maps
+from cooperllm.algorithm.maps import Fitted, pack_factors, pack_rows, unpack_maps
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.probe import run_device
 from cooperllm.edge import Edge
@@ -38,6 +38,7 @@ class LinearLoss:
     """A device whose loss is θ · gradient, and whose estimate is whatever it is."""
 
     num_examples = 4
+    map_shape = (0, 1)
 
     def __init__(self, gradient, estimated):
         self._gradient, self._estimated = gradient.astype(np.float64), estimated
@@ -64,7 +65,7 @@ def test_a_device_alone_projects_its_gradient_onto_each_block_of_its_estimate(gr
     blocks = list(pairwise(cuts))
     asked, replica = plan(blocks)
     order = Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None)
-    report = run_device(order, replica, LinearLoss(gradient, estimated.copy()), None, ())
+    report = run_device(order, replica, LinearLoss(gradient, estimated.copy()), None, None)
     found = feedback.rectified(estimated, blocks, feedback.gains(report.agreement, report.energy)).astype(np.float64)
     for start, stop in blocks:
         part, wide = gradient[start:stop].astype(np.float64), estimated[start:stop].astype(np.float64)
@@ -141,40 +142,48 @@ def test_unbiased_rounding_has_the_vector_as_its_mean(vector, bits):
     assert (error <= bound(vector.astype(np.float64), bits, steps=1 / (2 * slices))).all()
 
 
-@settings(max_examples=200)
+def near(honest):
+    """Numbers of which about every second is the honest one."""
+    return st.one_of(st.just(honest), st.integers(0, 9), st.just(1 << 32))
+
+
+PARTS = {
+    "directions": pack_rows([drawn(5, 2, 4)], 8),
+    "basis": pack_rows([drawn(index, 4, 2) for index in (1, 2)], 8),
+    "factors": pack_factors([Fitted(maps=drawn(index, 2, 5, 4), xx=np.eye(5)) for index in (3, 4)], 3),
+}
+
+
+@settings(max_examples=300)
 @given(
-    sizes=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), max_size=4),
-    width=st.one_of(st.integers(0, 9), st.just(1 << 32)),
-    rank=st.one_of(st.integers(0, 9), st.just(1 << 32)),
-    num_contrasts=st.integers(0, 3),
-    num_classes=st.integers(0, 4),
-    cut=st.integers(-40, 40),
+    model=st.tuples(st.one_of(st.just(2), st.integers(0, 4)), st.one_of(st.just(4), st.integers(0, 8))),
+    num_directions=near(2),
+    num_components=near(2),
+    rank=near(3),
+    part=st.sampled_from(sorted(PARTS)),
+    cut=st.one_of(st.just(0), st.integers(-40, 40)),
     scale=st.floats(0, 1e30),
 )
-def test_maps_from_anywhere_fit_the_model_or_are_refused(sizes, width, rank, num_contrasts, num_classes, cut, scale):
-    basis = pack_basis([drawn(index, 6, 2) for index in (1, 2)], 8)
-    sent = pack_factors([Fitted(maps=drawn(index, 2, 5, 4), xx=np.eye(5)) for index in (3, 4)], 3)
-    payload = sent.payload[:cut] if cut < 0 else sent.payload + bytes(cut)
-    changed = Maps(
-        version=1,
-        base_version=-1,
-        contrasts=np.zeros((num_contrasts, num_classes), np.float32),
-        num_components=width,
-        basis=basis,
-        rank=rank,
-        factors=Packed(scale=scale, payload=payload),
-    )
+@example(model=(2, 4), num_directions=2, num_components=2, rank=3, part="factors", cut=0, scale=1.0)
+def test_maps_from_anywhere_fit_the_model_or_are_refused(model, num_directions, num_components, rank, part, cut, scale):
+    payload = PARTS[part].payload[:cut] if cut < 0 else PARTS[part].payload + bytes(cut)
+    sizes = {"num_directions": num_directions, "num_components": num_components, "rank": rank}
+    changed = Maps(version=1, base_version=-1, **sizes, **PARTS | {part: Packed(scale=scale, payload=payload)})
+    num_layers, width = model
     try:
-        found = unpack_maps([changed], sizes, 3)
+        found = unpack_maps([changed], num_layers, width)
     except DecodeError:
+        assert (model, num_directions, num_components, rank, cut) != ((2, 4), 2, 2, 3, 0) or scale > 1e9
         return
+    num_features = 1 + 2 * num_components
     # As many numbers may fit another model of the same size; the payloads' lengths are what a receiver can check.
-    assert (num_classes, cut, sum(size * width for size, _ in sizes)) == (3, 0, 2 * 12)
-    assert sum(rank * (num_contrasts * (1 + 2 * width) + output) for _, output in sizes) == 2 * 3 * (10 + 4)
-    assert [(one.basis.shape, one.maps.shape) for one in found] == [
-        ((size, width), (num_contrasts, 1 + 2 * width, output)) for size, output in sizes
-    ]
-    assert all(np.isfinite(one.maps).all() for one in found)
+    assert cut == 0
+    assert (num_directions * width, num_layers * width * num_components) == (2 * 4, 2 * 4 * 2)
+    assert num_layers * rank * (num_directions * num_features + width) == 2 * 3 * (2 * 5 + 4)
+    assert found.directions.shape == (num_directions, width)
+    shapes = [(layer.basis.shape, layer.maps.shape) for layer in found.layers]
+    assert shapes == [((width, num_components), (num_directions, num_features, width))] * num_layers
+    assert all(np.isfinite(values).all() for layer in found.layers for values in (layer.basis, layer.maps, found.directions))
 
 
 @given(data=st.data(), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4))

@@ -82,12 +82,9 @@ def made(pieces):
 ANY = vectors(st.integers(0, 6))
 GUIDES = fields_of(Guide, payload=st.binary(max_size=20), num_columns=COUNTS, has_momentum=st.booleans())
 PACKED = fields_of(Packed, scale=st.floats(0, 1e30), payload=st.binary(max_size=20))
-MATRICES = st.tuples(st.integers(0, 3), st.integers(0, 3)).flatmap(
-    lambda shape: arrays.arrays(np.float32, shape, elements=st.floats(width=32))
-)
-ANY_MAPS = {"version": COUNTS, "contrasts": MATRICES, "num_components": COUNTS, "rank": COUNTS, "factors": PACKED}
-MAPS = fields_of(Maps, base_version=st.just(-1), basis=PACKED, **ANY_MAPS) | fields_of(
-    Maps, base_version=COUNTS, basis=st.none(), **ANY_MAPS
+ANY_MAPS = {"version": COUNTS, "num_directions": COUNTS, "num_components": COUNTS, "rank": COUNTS, "factors": PACKED}
+MAPS = fields_of(Maps, base_version=st.just(-1), directions=PACKED, basis=PACKED, **ANY_MAPS) | fields_of(
+    Maps, base_version=COUNTS, directions=st.none(), basis=st.none(), **ANY_MAPS
 )
 EDGES = st.lists(COUNTS, max_size=5, unique=True).map(sorted)
 BLOCKS = EDGES.map(lambda edges: tuple(pairwise(edges)))

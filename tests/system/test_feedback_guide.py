@@ -17,6 +17,7 @@ from cooperllm import data, models
 from cooperllm.algorithm import feedback, noise, replay
 from cooperllm.algorithm.compression import pack_vector, unpack_vector
 from cooperllm.algorithm.guidance import digest
+from cooperllm.algorithm.maps import unpack_maps
 from cooperllm.assembly import assemble
 from cooperllm.cloud import MapFitter
 from cooperllm.config import (
@@ -55,20 +56,55 @@ def true_gradient(model, examples, theta, chosen=CHOSEN):
     return gradient.numpy()
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """MiniLM after six steps on other private texts, where gradients of the adapters are no longer zero."""
+def after_training(config, learning_rate):
+    """A model after six steps on other private texts, where gradients of the adapters are no longer zero, and maps fitted to it."""
     sources = {"public": SourceConfig(max_examples=96), "private": SourceConfig(max_examples=48)}
     task = data.load(DataConfig(**sources, num_test=2, num_validation=2), FederationConfig(), 0)
-    model = models.load(ModelConfig(), 2)
+    model = models.load(config, 2)
     public, private = (model.encode(part.texts, None, part.labels) for part in (task.public, task.private))
     device = TorchForward(model, private, range(len(private)), None)
-    theta, _ = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 1.0)
+    theta, _ = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], learning_rate)
     fitter = MapFitter(model, public, num_examples=96, num_components=24, rank=24, bits=8, most_blocks=2)
     maps, gradient = fitter.fit(theta, 5, 6), true_gradient(model, private, theta)
     return SimpleNamespace(
-        model=model, public=public, private=private, device=device, theta=theta, fitter=fitter, maps=maps, gradient=gradient
+        model=model,
+        public=public,
+        private=private,
+        device=device,
+        theta=theta,
+        fitter=fitter,
+        maps=maps,
+        decoded=decoded(model, maps),
+        gradient=gradient,
+        mapped=slice(0, model.adapted.exact_start),
+        exact=slice(model.adapted.exact_start, None),
     )
+
+
+def decoded(model, *maps):
+    return unpack_maps(maps, len(model.adapted.below), model.adapted.width)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """MiniLM with a head and three adapted layers: two need maps, the last is exact."""
+    return after_training(ModelConfig(last_layers=3), 0.5)
+
+
+LABEL_TEXTS = ModelConfig(objective=Objective.LABEL_TEXTS, label_words=("a bad review", "a great review"))
+LABEL_WORDS = cooperllm.recipe("tiny").config.model
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """MiniLM without a head; scores are not linear in the pooled state."""
+    return after_training(LABEL_TEXTS, 0.1)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """Label words: rotary embeddings, a final norm and the last token between the last layer and the scores."""
+    return after_training(LABEL_WORDS, 0.1)
 
 
 def asked(theta, blocks, maps_version, *, bits=32):
@@ -83,79 +119,79 @@ def asked(theta, blocks, maps_version, *, bits=32):
     ), replica
 
 
-def answered(trained, maps, blocks=None, maps_version=6):
+def answered(trained, maps, blocks=None, maps_version=6, theta=None):
     """The report of a device whose shard is the batch."""
     blocks = trained.fitter.blocks if blocks is None else blocks
-    plan, replica = asked(trained.theta, blocks, maps_version)
+    plan, replica = asked(trained.theta if theta is None else theta, blocks, maps_version)
     device = TorchForward(trained.model, trained.private, CHOSEN, None)
-    return run_device(
-        Order(device_id=0, group=0, plan=plan, updates=(), snapshot=None), replica, device, None, [] if maps is None else [maps]
-    )
+    return run_device(Order(device_id=0, group=0, plan=plan, updates=(), snapshot=None), replica, device, None, maps)
 
 
 # Estimates against back-propagation.
 
 
 def test_maps_fitted_on_public_texts_give_the_gradient_of_private_ones(trained):
-    found = trained.device.estimate(trained.theta, CHOSEN, [trained.maps])[0]
-    adapters = slice(0, trained.fitter.blocks[-1][1])
-    assert cosine(found, trained.gradient) > 0.95
-    # By chance two vectors of 24 576 numbers have a cosine near 0.006.
-    assert cosine(found[adapters], trained.gradient[adapters]) > 0.8
+    found, without = (trained.device.estimate(trained.theta, CHOSEN, maps)[0] for maps in (trained.decoded, None))
+    assert cosine(found, trained.gradient) > 0.98
+    # By chance two vectors of 12 288 numbers have a cosine near 0.01. What layers only add to would be known without maps.
     for start, stop in trained.fitter.blocks:
         assert cosine(found[start:stop], trained.gradient[start:stop]) > 0.8
+        assert cosine(without[start:stop], trained.gradient[start:stop]) < 0.7
 
 
 def test_maps_fitted_on_the_very_texts_give_the_gradient_of_every_factor():
-    """61 features describe fewer tokens exactly; what is left is the ridge. A confusion of layers, factors or contrasts would show."""
-    model = models.load(ModelConfig(), 3)
+    """51 features describe 25 tokens exactly; what is left is the ridge. A confusion of layers, factors or directions would show."""
+    model = models.load(ModelConfig(last_layers=3), 3)
     examples = model.encode(["A stirring film.", "It fell apart quickly.", "Fine.", "Cold room, lovely bed."], None, [0, 2, 1, 1])
     theta = model.initial_parameters(3) + 0.02 * np.sin(np.arange(model.layout.size, dtype=np.float32))
     maps = MapFitter(model, examples, num_examples=4, num_components=30, rank=384, bits=32, most_blocks=2).fit(theta, 0, 1)
-    found = TorchForward(model, examples, range(4), None).estimate(theta, range(4), [maps])[0]
+    found = TorchForward(model, examples, range(4), None).estimate(theta, range(4), decoded(model, maps))[0]
     gradient = true_gradient(model, examples, theta, range(4))
-    assert maps.contrasts.shape == (2, 3)
-    for start, stop in list(model.layout.ranges.values())[:-2]:
+    mapped = [(start, stop) for start, stop in model.layout.ranges.values() if stop <= model.adapted.exact_start]
+    assert (maps.num_directions, maps.num_components, sum(map(len, examples.token_ids)), len(mapped)) == (2, 25, 25, 8)
+    for start, stop in mapped:
         assert cosine(found[start:stop], gradient[start:stop]) > 0.999
         assert np.linalg.norm(found[start:stop]) == pytest.approx(np.linalg.norm(gradient[start:stop]), rel=0.02)
 
 
-def test_with_label_texts_maps_alone_give_the_gradient():
-    """There is no head, so that all of θ is estimated, and scores are not linear in the pooled state."""
-    sources = {"public": SourceConfig(max_examples=96), "private": SourceConfig(max_examples=48)}
-    task = data.load(DataConfig(**sources, num_test=2, num_validation=2), FederationConfig(), 0)
-    model = models.load(ModelConfig(objective=Objective.LABEL_TEXTS, label_words=("a bad review", "a great review")), 2)
-    public, private = (model.encode(part.texts, None, part.labels) for part in (task.public, task.private))
-    device = TorchForward(model, private, range(len(private)), None)
-    theta, _ = device.train(model.initial_parameters(3), [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(6)], 0.1)
-    fitter = MapFitter(model, public, num_examples=96, num_components=24, rank=24, bits=8, most_blocks=2)
-    found, gradient = device.estimate(theta, CHOSEN, [fitter.fit(theta, 5, 6)])[0], true_gradient(model, private, theta)
-    assert model.adapted.head is None
-    assert fitter.blocks[-1][1] == len(theta)
-    # By chance two vectors of 24 576 numbers have a cosine near 0.006.
-    assert cosine(found, gradient) > 0.9
-    for start, stop in fitter.blocks:
-        assert cosine(found[start:stop], gradient[start:stop]) > 0.8
+def test_with_label_texts_maps_give_the_gradient_without_a_head(compared):
+    found = compared.device.estimate(compared.theta, CHOSEN, compared.decoded)[0]
+    assert (compared.model.adapted.has_head, compared.model.adapted.exact_start) == (False, len(compared.theta) // 2)
+    assert cosine(found, compared.gradient) > 0.95
+    assert cosine(found[compared.mapped], compared.gradient[compared.mapped]) > 0.9
+
+
+def test_maps_know_how_to_reach_query_adapters():
+    """What a query does to attention is found in the layer's own forward pass; a map that only fitted values would give noise."""
+    queries = after_training(ModelConfig(target_modules=("query",)), 0.5)
+    found, without = (queries.device.estimate(queries.theta, CHOSEN, maps)[0][queries.mapped] for maps in (queries.decoded, None))
+    # By chance two vectors of 6 144 numbers have a cosine near 0.013.
+    assert cosine(found, queries.gradient[queries.mapped]) > 0.75
+    assert cosine(found, queries.gradient[queries.mapped]) > cosine(without, queries.gradient[queries.mapped]) + 0.1
 
 
 @pytest.mark.parametrize("has_maps", [False, True])
-def test_the_heads_estimate_is_exact_with_and_without_maps(trained, has_maps):
-    found = trained.device.estimate(trained.theta, CHOSEN, [trained.maps] if has_maps else [])[0]
-    adapters = trained.model.adapted
-    # Scores of two passes differ by up to 2e-6, probabilities by half of that, and pooled states are below 2.
-    for start, stop in (adapters.head.weight, adapters.head.bias):
-        np.testing.assert_allclose(found[start:stop], trained.gradient[start:stop], atol=2e-6)
-        assert np.abs(trained.gradient[start:stop]).max() > 1e-3
-    if not has_maps:
-        assert not found[: adapters.head.weight[0]].any()
+@pytest.mark.parametrize("name", ["trained", "compared", "llama"])
+def test_from_the_last_layer_on_an_estimate_is_back_propagation_with_and_without_maps(request, name, has_maps):
+    """With a head, with label texts, and with label words."""
+    one = request.getfixturevalue(name)
+    found, loss = one.device.estimate(one.theta, CHOSEN, one.decoded if has_maps else None)
+    evaluate, _ = one.device.evaluate(CHOSEN)
+    length = np.linalg.norm(one.gradient[one.exact])
+    # The same operations on the same numbers; where a kernel sums in another order some tens of roundings of 6e-8.
+    assert np.linalg.norm(found[one.exact] - one.gradient[one.exact]) < 1e-5 * length
+    assert loss == pytest.approx(float(evaluate(one.theta[None])[0]), abs=2e-6)
+    assert length > 0.3
+    assert np.linalg.norm(found[one.mapped] - one.gradient[one.mapped]) > 1e-2 * np.linalg.norm(one.gradient[one.mapped]) > 0
 
 
 def test_an_estimate_is_the_mean_of_its_examples_estimates(trained):
     """Padding and neighbours change nothing."""
-    together = trained.device.estimate(trained.theta, CHOSEN[:4], [trained.maps])[0]
-    alone = np.mean([trained.device.estimate(trained.theta, [index], [trained.maps])[0] for index in CHOSEN[:4]], axis=0)
+    together = trained.device.estimate(trained.theta, CHOSEN[:4], trained.decoded)[0]
+    alone = np.mean([trained.device.estimate(trained.theta, [index], trained.decoded)[0] for index in CHOSEN[:4]], axis=0)
     # Scores move by 2e-5 with padding.
-    assert np.linalg.norm(together - alone) < 1e-4 * np.linalg.norm(alone)
+    for part in (trained.mapped, trained.exact):
+        assert np.linalg.norm(together[part] - alone[part]) < 1e-4 * np.linalg.norm(alone[part])
 
 
 def hooks_of(model):
@@ -165,9 +201,9 @@ def hooks_of(model):
 def test_estimating_leaves_theta_and_the_network_alone(trained):
     before = trained.theta.tobytes()
     hooks = hooks_of(trained.model)
-    first = trained.device.estimate(trained.theta, CHOSEN, [trained.maps])[0]
+    first = trained.device.estimate(trained.theta, CHOSEN, trained.decoded)[0]
     trained.fitter.fit(trained.theta, 5, 6)
-    assert trained.device.estimate(trained.theta, CHOSEN, [trained.maps])[0].tobytes() == first.tobytes()
+    assert trained.device.estimate(trained.theta, CHOSEN, trained.decoded)[0].tobytes() == first.tobytes()
     assert trained.theta.tobytes() == before
     assert hooks_of(trained.model) == hooks
 
@@ -187,22 +223,25 @@ def rectified(trained, report):
 
 
 def test_slopes_confirm_good_maps(trained):
-    report = answered(trained, trained.maps)
+    report = answered(trained, trained.decoded)
     found, estimate = rectified(trained, report), unpack_vector(report.estimate, len(trained.theta))
     assert report.outcome is Outcome.OK
     for (start, stop), agreement in zip(trained.fitter.blocks, report.agreement, strict=True):
         part, gradient = estimate[start:stop], trained.gradient[start:stop]
         # A slope at half-step 0.03 carries 6e-8 / 0.06 of rounding and a cubic term.
         assert agreement == pytest.approx(float(part @ gradient), rel=0.05)
-        assert np.linalg.norm(found[start:stop] - gradient) < 0.7 * np.linalg.norm(gradient)
+        assert np.linalg.norm(found[start:stop] - gradient) < 0.6 * np.linalg.norm(gradient)
+
+
+def with_random_factors(trained, seed):
+    size = 2 * 24 * (trained.maps.num_directions * (1 + 2 * 24) + trained.model.adapted.width)
+    return decoded(trained.model, replace(trained.maps, factors=pack_vector(noise.gaussian(seed, 0, size), 32)))
 
 
 def test_what_random_maps_leave_of_a_block_is_a_chance_alignment(trained):
-    size = sum(24 * (49 + output) for _, output in trained.model.adapted.sizes)
     shares = []
     for seed in range(1, 9):
-        random = replace(trained.maps, factors=pack_vector(noise.gaussian(seed, 0, size), 32))
-        found = rectified(trained, answered(trained, random))
+        found = rectified(trained, answered(trained, with_random_factors(trained, seed)))
         norms = [(np.linalg.norm(found[start:stop]), np.linalg.norm(trained.gradient[start:stop])) for start, stop in trained.fitter.blocks]
         shares += [(part / whole) ** 2 for part, whole in norms]
     # A projection of the gradient, so never longer than it; of the energy two per cent were seen, of good maps' it is most.
@@ -210,39 +249,51 @@ def test_what_random_maps_leave_of_a_block_is_a_chance_alignment(trained):
     assert np.mean(shares) < 0.05
 
 
+def test_random_maps_leave_the_exact_part_untouched_and_have_a_gain_near_zero(trained):
+    good, random = (answered(trained, maps) for maps in (trained.decoded, with_random_factors(trained, 1)))
+    first, second = (unpack_vector(report.estimate, len(trained.theta))[trained.exact] for report in (good, random))
+    assert first.tobytes() == second.tobytes()
+    assert feedback.gains(good.agreement, good.energy).min() > 0.7
+    assert np.abs(feedback.gains(random.agreement, random.energy)).max() < 0.05
+
+
 @pytest.mark.parametrize("found", [None, "older"])
 def test_a_plan_that_names_other_maps_than_the_device_holds_is_refused(trained, found):
-    held = None if found is None else replace(trained.maps, version=5)
+    held = None if found is None else replace(trained.decoded, version=5)
     with pytest.raises(ProtocolError, match=r"maps of version 6 expected, (none|version 5) found"):
         answered(trained, held)
 
 
-@pytest.mark.parametrize("block", [(0, 1 << 32), (25_347, 25_348)])
-def test_a_block_outside_theta_is_refused(trained, block):
-    assert len(trained.theta) < 25_348
+@pytest.mark.parametrize("excess", [1, 1 << 32])
+def test_a_block_outside_theta_is_refused(trained, excess):
     with pytest.raises(ProtocolError, match="blocks"):
-        answered(trained, trained.maps, blocks=[block])
+        answered(trained, trained.decoded, blocks=[(0, len(trained.theta) + excess)])
 
 
 def test_a_device_with_a_zero_estimate_measures_nothing_and_stays_finite(trained):
-    report = answered(trained, None, maps_version=-1)
+    """A head that starts at zero lets no gradient through; it has one of its own."""
+    theta = trained.model.initial_parameters(3)
+    report = answered(trained, None, maps_version=-1, theta=theta)
     assert (report.outcome, report.agreement.tolist(), report.energy.tolist()) == (Outcome.OK, [0, 0], [0, 0])
+    assert unpack_vector(report.estimate, len(theta)).any()
 
 
 # Layers and blocks.
 
 
-@pytest.mark.parametrize("last_layers", [1, 2, None])
-@pytest.mark.parametrize("most", [1, 2, 4, 99])
-def test_blocks_cover_the_adapters_exactly_and_keep_an_attention_together(last_layers, most):
-    model = models.load(ModelConfig(name="tiny-llama", target_modules=("q_proj", "v_proj"), last_layers=last_layers), 2)
-    adapted, blocks = model.adapted, model.adapted.blocks(most)
-    count = len(adapted.modules)
-    assert len(blocks) == min(most, count)
-    covered = [position for start, stop in blocks for position in range(start, stop)]
-    assert count == (last_layers or 2)
-    assert covered == list(range(adapted.head.weight[0]))
-    assert {start for start, _ in blocks} <= {module.start for module in adapted.modules}
+@pytest.mark.parametrize("last_layers", [1, 2, 4, None])
+def test_blocks_cover_what_needs_maps_exactly_and_cut_no_layer(last_layers):
+    """MiniLM has six layers, of which the last is exact."""
+    adapted = models.load(ModelConfig(last_layers=last_layers), 2).adapted
+    count = (last_layers or 6) - 1
+    assert len(adapted.below) == count
+    for most in (1, 2, 4, 99):
+        blocks = adapted.blocks(most)
+        assert len(blocks) == min(most, count)
+        assert [position for start, stop in blocks for position in range(start, stop)] == list(range(adapted.exact_start))
+        assert {start for start, _ in blocks} <= {layer.start for layer in adapted.below}
+        sizes = [sum(start <= layer.start < stop for layer in adapted.below) for start, stop in blocks]
+        assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
 @pytest.mark.parametrize(
@@ -306,14 +357,15 @@ def test_adam_replays_a_feedback_run(tmp_path):
 
 
 class Watched(Loopback):
-    """The reference link, with an eye on which orders carry maps."""
+    """The reference link, with an eye on what orders ask for and which of them carry maps."""
 
     def __init__(self, devices):
         super().__init__(devices)
-        self.maps = []
+        self.maps, self.asked = [], []
 
     def exchange(self, orders):
         self.maps.append({order.device_id: [maps.version for maps in order.plan.maps] for order in orders if order.plan.maps})
+        self.asked += [order.plan.feedback for order in orders]
         return super().exchange(orders)
 
 
@@ -365,18 +417,19 @@ def test_a_run_interrupted_between_differences_ends_with_the_bits_of_an_uninterr
 
 
 def test_a_difference_mends_maps_that_have_aged(trained):
-    """At another θ: to what is held, mistakes of the codec included, and with the basis of the whole maps."""
+    """At another θ: to what is held, mistakes of the codec included, and with directions and basis of the whole maps."""
+    model = trained.model
     theta, _ = trained.device.train(trained.theta, [[16 + (8 * i + j) % 32 for j in range(8)] for i in range(4)], 1.0)
-    gradient, adapters = true_gradient(trained.model, trained.private, theta), slice(0, trained.fitter.blocks[-1][1])
+    gradient, mapped = true_gradient(model, trained.private, theta), trained.mapped
     difference = trained.fitter.fit(theta, 5, 8, [trained.maps])
     aged, mended, anew = (
-        cosine(trained.device.estimate(theta, CHOSEN, maps)[0][adapters], gradient[adapters])
+        cosine(trained.device.estimate(theta, CHOSEN, decoded(model, *maps))[0][mapped], gradient[mapped])
         for maps in ([trained.maps], [trained.maps, difference], [trained.fitter.fit(theta, 5, 8)])
     )
-    assert mended > aged
-    assert mended > anew - 0.05
-    assert (difference.base_version, difference.basis, difference.contrasts.size) == (6, None, 0)
-    assert len(encode(difference)) < 0.8 * len(encode(trained.maps))
+    # Two thirds of what was lost come back for half the bytes; the rest lies outside of the basis.
+    assert mended - aged > (anew - aged) * 2 / 3 > 0.1
+    assert (difference.base_version, difference.num_directions, difference.directions, difference.basis) == (6, 0, None, None)
+    assert len(encode(difference)) < 0.6 * len(encode(trained.maps))
 
 
 def test_a_model_that_feedback_cannot_train_is_refused_before_anything_is_written(tmp_path):
@@ -393,7 +446,7 @@ def test_a_model_that_feedback_cannot_train_is_refused_before_anything_is_writte
 def test_a_cloud_without_labels_still_serves_every_arm_but_those_that_need_them(tmp_path, source):
     base = tiny(num_rounds=2)
     base = replace(base, data=replace(base.data, public=replace(base.data.public, **source)))
-    for name in (ArmName.MEASURED, ArmName.MEZO_FL, *([ArmName.FEEDBACK] if "name" not in source else [])):
+    for name in (ArmName.MEASURED, ArmName.MEZO_FL, ArmName.FEEDBACK):
         run = cooperllm.run(replace(base, arm=replace(base.arm, name=name)), tmp_path / name.value)
         assert run.summary["arms"][name.value]["finished"]
     for name in (ArmName.CLOUD_ONLY, ArmName.PAPER):
@@ -401,23 +454,37 @@ def test_a_cloud_without_labels_still_serves_every_arm_but_those_that_need_them(
             cooperllm.run(replace(base, arm=replace(base.arm, name=name)), tmp_path / name.value)
 
 
-def test_feedback_without_text_and_without_a_head_is_refused(tmp_path):
-    """It would run for hours and move nothing: label words leave no head to be exact about."""
-    base = tiny()
-    with pytest.raises(ConfigError, match="nothing to estimate from"):
-        cooperllm.run(replace(base, data=replace(base.data, public=replace(base.data.public, name="none"))), tmp_path / "run")
+def without_text(config):
+    return replace(config, data=replace(config.data, public=replace(config.data.public, name="none")))
 
 
-def test_with_every_query_in_estimates_and_blocks_public_labels_change_no_bit(tmp_path):
-    """A query that is left over would measure the public gradient, which labels do decide."""
+def with_the_last_layer_alone(config):
+    return replace(config, model=replace(config.model, last_layers=1))
+
+
+@pytest.mark.parametrize(("change", "num_blocks"), [(without_text, 1), (with_the_last_layer_alone, 0)])
+def test_without_maps_and_without_a_head_feedback_learns_and_sends_none(tmp_path, change, num_blocks):
+    """The last layer's gradient is exact; a layer below gets that at the last layer's output, and slopes say how much of it is true."""
+    federation = replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2, batch_size=200)  # every text every round
+    assembly = assemble(RunDirectory.create(tmp_path / "run", change(tiny(federation=federation))))
+    cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
+    losses = [run_round(cloud, edges, link).closed.update.loss for _ in range(5)]
+    assert link.maps == [{}] * 5
+    assert {(feedback.maps_version, len(feedback.blocks)) for feedback in link.asked} == {(-1, num_blocks)}
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("queries", "is_same"), [(5, True), (7, False)])
+def test_with_every_query_in_estimates_and_blocks_public_labels_change_no_bit(tmp_path, queries, is_same):
+    """Of queries that are left over the first measures the momentum and the second the public gradient, which labels do decide."""
     base = tiny(num_rounds=3)
-    base = replace(base, arm=replace(base.arm, queries=4, feedback_blocks=1))
+    base = replace(base, arm=replace(base.arm, queries=queries))
     noisy = replace(base, data=replace(base.data, public=replace(base.data.public, label_noise=1.0)))
     hashes = [
         [row["theta_hash"] for row in RunDirectory(cooperllm.run(config, tmp_path / name).path).rounds()]
         for name, config in (("clean", base), ("noisy", noisy))
     ]
-    assert hashes[0] == hashes[1]
+    assert (hashes[0] == hashes[1]) is is_same
 
 
 def wild(learning_rate, **changes):

@@ -171,7 +171,7 @@ def test_with_label_texts_nothing_but_the_adapter_is_trained():
     model = models.load(COMPARED, 2)
     # two layers x (query, value) x (8 x 384 + 384 x 8)
     assert model.layout.size == 2 * 2 * 2 * 8 * 384
-    assert (model.adapted.head, model.adapted.is_complete) == (None, True)
+    assert (model.adapted.has_head, model.adapted.is_complete) == (False, True)
 
 
 def test_with_label_texts_points_of_one_pass_have_the_losses_that_they_have_alone():

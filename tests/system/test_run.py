@@ -108,11 +108,11 @@ def test_an_interrupted_baseline_ends_with_the_bits_of_an_uninterrupted_one(tmp_
         assert (cut.path / "replay.log").read_bytes() == (whole.path / "replay.log").read_bytes()
 
 
-def test_checkpointed_back_propagation_ends_with_the_bits_of_the_plain_one_and_a_third_more_passes(tmp_path):
+def test_checkpointed_back_propagation_ends_with_the_bits_of_the_plain_one_and_half_as_many_passes_again(tmp_path):
     runs = [cooperllm.run(tiny(arm), tmp_path / arm.value) for arm in (ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED)]
     assert final_hash(runs[0].path) == final_hash(runs[1].path)
     plain, checkpointed = (next(iter(run.summary["arms"].values())) for run in runs)
-    assert 3 * checkpointed["forward_passes"] == 4 * plain["forward_passes"] > 0
+    assert 2 * checkpointed["forward_passes"] == 3 * plain["forward_passes"] > 0
     assert checkpointed["uses_back_propagation_on_devices"]
 
 

@@ -4,7 +4,6 @@ Run: pytest tests/unit/test_codec.py
 """
 
 import tracemalloc
-from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -41,7 +40,8 @@ ARRAY = ["<f4", [2], np.array([1, -2], "<f4").tobytes()]
 
 VALUES = {"scale": 1.0, "payload": b""}
 MAPS = {
-    "version": 1, "base_version": -1, "contrasts": ["<f4", [0, 0], b""], "num_components": 1, "basis": VALUES, "rank": 1, "factors": VALUES,
+    "version": 1, "base_version": -1, "num_directions": 1, "directions": VALUES, "num_components": 1, "basis": VALUES, "rank": 1,
+    "factors": VALUES,
 }  # fmt: skip
 
 
@@ -58,7 +58,8 @@ def nested(depth, opener=b"\x91"):
 PACKED = Packed(scale=0.5, payload=b"CG\x01\x08")
 
 
-WHOLE = Maps(version=4, base_version=-1, contrasts=np.eye(1, 2, dtype=np.float32), num_components=1, basis=PACKED, rank=1, factors=PACKED)
+WHOLE = Maps(version=4, base_version=-1, num_directions=1, directions=PACKED, num_components=1, basis=PACKED, rank=1, factors=PACKED)
+DIFFERENCE = Maps(version=9, base_version=4, num_directions=0, directions=None, num_components=0, basis=None, rank=1, factors=PACKED)
 
 
 def plan():
@@ -68,7 +69,7 @@ def plan():
         guide=Guide(payload=b"CG\x01", num_columns=1, has_momentum=True),
         probes=Probes(measures_columns=True, num_random=3, grouping=Grouping.EDGE, column_scale=0.5, random_scale=1e-3, blend=0.5),
         feedback=Feedback(maps_version=4, blocks=((0, 2), (2, 5)), bits=8, slope_scale=0.5),
-        maps=(WHOLE, replace(WHOLE, version=9, base_version=4, contrasts=np.zeros((0, 2), np.float32), num_components=0, basis=None)),
+        maps=(WHOLE, DIFFERENCE),
     )
 
 
@@ -288,7 +289,9 @@ def test_nesting_of_any_depth_is_refused(depth, opener):
         (plan(), {"maps": [MAPS | {"base_version": 0}]}),
         (plan(), {"maps": [MAPS | {"basis": None}]}),
         (plan(), {"maps": [MAPS | {"rank": -1}]}),
-        (plan(), {"maps": [MAPS | {"contrasts": ARRAY}]}),
+        (plan(), {"maps": [MAPS | {"num_directions": -1}]}),
+        (plan(), {"maps": [MAPS | {"num_directions": (1 << 32) + 1}]}),
+        (plan(), {"maps": [MAPS | {"directions": ARRAY}]}),
         (update(), {"dense": {"scale": -1.0, "payload": b""}}),
         (update(), {"dense": {"scale": float("nan"), "payload": b""}}),
         (update(), {"dense": {"scale": float("inf"), "payload": b""}}),
@@ -328,6 +331,19 @@ def test_a_blend_at_the_edge_of_its_domain_arrives(blend):
     """0 mixes probes from a basis alone, 1 is isotropic."""
     probes = msgspec.msgpack.decode(encode(plan()))["probes"]
     assert decode(damaged(plan(), probes=probes | {"blend": blend}), Plan).probes.blend == blend
+
+
+@pytest.mark.parametrize("missing", [("directions",), ("basis",), ("directions", "basis")], ids=" and ".join)
+def test_maps_are_whole_with_directions_and_bases_or_a_difference_without(missing):
+    """A mixture of both would be decoded with directions or bases of other maps."""
+    nothing = dict.fromkeys(missing)
+    with pytest.raises(DecodeError, match="maps: base version -1 found"):
+        decode(msgspec.msgpack.encode(MAPS | nothing), Maps)
+    found = dict.fromkeys(missing, VALUES)
+    with pytest.raises(DecodeError, match="maps: base version 0 found"):
+        decode(msgspec.msgpack.encode(MAPS | {"base_version": 0, "directions": None, "basis": None} | found), Maps)
+    assert decode(msgspec.msgpack.encode(MAPS), Maps).base_version == -1
+    assert decode(msgspec.msgpack.encode(MAPS | {"base_version": 0, "directions": None, "basis": None}), Maps).basis is None
 
 
 @pytest.mark.parametrize("changes", [{"bits": 5}, {"blocks": ((4, 4),)}, {"blocks": ((0, 5), (4, 9))}, {"blocks": ((3, 2),)}], ids=str)

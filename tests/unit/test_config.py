@@ -27,7 +27,7 @@ from cooperllm.config import (
 from cooperllm.errors import ConfigError, CooperLLMError
 
 POSITIVE_COUNTS = (
-    *("queries", "public_batch_size", "pool_size", "local_steps", "feedback_blocks", "map_components", "map_rank", "map_refresh"),
+    *("queries", "public_batch_size", "pool_size", "local_steps", "map_components", "map_rank", "map_refresh"),
     *("seed_pool_size", "candidates", "warm_start_rounds"),
 )
 RATES = ("learning_rate", "warm_start_learning_rate", "local_learning_rate", "variance_threshold")
@@ -80,7 +80,10 @@ OUTSIDE = [
     (ArmConfig, {"effective_rank": -1.0}, "arm.effective_rank", "-1.0"),
     (ArmConfig, {"effective_rank": math.nan}, "arm.effective_rank", "nan"),
     (ArmConfig, {"map_examples": 7}, "arm.map_examples", "7"),
-    (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 4, "feedback_blocks": 2, "local_steps": 3}, "arm.queries", "4"),
+    (ArmConfig, {"map_components": 129}, "arm.map_components", "129"),
+    (ArmConfig, {"feedback_blocks": -1}, "arm.feedback_blocks", "-1"),
+    (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 5, "feedback_blocks": 2, "local_steps": 3}, "arm.queries", "5"),
+    (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 1, "feedback_blocks": 0, "local_steps": 1}, "arm.queries", "1"),
     (ArmConfig, {"public_weight": 1.5}, "arm.public_weight", "1.5"),
     (ArmConfig, {"public_weight": -0.5}, "arm.public_weight", "-0.5"),
     (ArmConfig, {"blend": 0.0}, "arm.blend", "0.0"),
@@ -110,7 +113,9 @@ AT_THE_EDGE = [
         ArmConfig,
         {"basis_size": 1000, "map_examples": 8, "map_components": 1, "map_rank": 1, "map_refresh": 1, "guide_bits": 4, "estimate_bits": 4},
     ),
-    (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 3, "feedback_blocks": 2, "local_steps": 1}),
+    (ArmConfig, {"map_components": 128}),
+    (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 4, "feedback_blocks": 2, "local_steps": 1}),
+    (ArmConfig, {"name": ArmName.FEEDBACK, "queries": 4, "feedback_blocks": 0, "local_steps": 3}),
     (ArmConfig, {"name": ArmName.MEASURED, "queries": 2, "feedback_blocks": 2}),
     (ArmConfig, {"seed_pool_size": 1 << 32, "candidates": 1, "most_held_rounds": 0, "warm_start_rounds": 1}),
     (ArmConfig, {"public_weight": 0.0, "pool_size": 1, "local_steps": 1}),

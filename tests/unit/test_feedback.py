@@ -17,11 +17,12 @@ from cooperllm.algorithm.compression import HEADER, pack, pack_vector, unpack_ve
 from cooperllm.algorithm.feedback import Moments
 from cooperllm.algorithm.feedback_arm import FeedbackArm
 from cooperllm.algorithm.guidance import digest, orthonormalise, random_directions
-from cooperllm.algorithm.maps import Fitted, pack_basis, pack_factors
-from cooperllm.config import ArmConfig, ArmName, OptimizerConfig
+from cooperllm.algorithm.maps import DecodedMaps, Fitted, LayerMaps, pack_factors, pack_rows
+from cooperllm.config import ArmConfig, ArmName, OptimizerConfig, passes_of_estimates, queries_of_estimates
+from cooperllm.device.host import Host
 from cooperllm.device.probe import choose_batch, run_device
 from cooperllm.edge import Edge
-from cooperllm.errors import ProtocolError
+from cooperllm.errors import DecodeError, ProtocolError
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import EdgeReport, Feedback, Grouping, Maps, Order, Outcome, Packed, Probes, RandomSlopes
 
@@ -44,40 +45,69 @@ def squares(values):
     return float(np.square(values, dtype=np.float64).sum())
 
 
-# From the output error to a gradient at a module's output, eq. (1)-(3).
+# From the gradient at the last layer's output to that at the output of a layer below, eq. (1)-(4).
+
+MEAN = (1 / BATCH.lengths[BATCH.owner]).astype(np.float32)
+LAST = np.append(BATCH.owner[1:] != BATCH.owner[:-1], True).astype(np.float32)
+READOUTS = pytest.mark.parametrize("shares", [MEAN, LAST], ids=["mean", "last token"])
 
 
-def gated_network(x, gate, readout, output, labels, basis):
-    """Scores mean_t ((G φ_t) ⊙ y_t) Rᵀ: linear in φ at y, so that exact maps exist. Gives e and the loss's gradient at y."""
-    y = torch.from_numpy(output).double().requires_grad_()
-    gated = torch.from_numpy(feedback.features(x, BATCH, basis) @ gate) * y
-    scores = torch.stack([part.mean(0) for part in gated.split(BATCH.lengths.tolist())]) @ torch.from_numpy(readout).double().T
-    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(scores, torch.from_numpy(labels)), y)
-    return feedback.output_error(scores.detach().softmax(1).float().numpy(), labels), gradient.numpy()
+def layered_network(y, described, gates, shares, readout, labels):
+    """h_t = y_t + mean_s A_s y_s with A_s = Σ_f φ_sf G_f, scores R Σ_t a_t h_t: linear in φ at y, so that exact maps exist.
+
+    Gives the loss's gradients at h and at y.
+    """
+    output = torch.from_numpy(y).double().requires_grad_()
+    moved = torch.einsum("nf,fij,nj->ni", *map(torch.from_numpy, (described.astype(float), gates.astype(float))), output)
+    means = torch.stack([part.mean(0) for part in moved.split(BATCH.lengths.tolist())])
+    last = output + means[torch.from_numpy(BATCH.owner)]
+    taken = torch.from_numpy(shares)[:, None] * last
+    scores = torch.stack([part.sum(0) for part in taken.split(BATCH.lengths.tolist())]) @ torch.from_numpy(readout).double().T
+    found = torch.autograd.grad(torch.nn.functional.cross_entropy(scores, torch.from_numpy(labels)), [last, output])
+    return [gradient.numpy() for gradient in found]
 
 
-def test_with_the_maps_of_the_network_the_delta_is_the_gradient_at_the_output():
-    x, basis, gate, readout, output = drawn(0, 8, 5), drawn(1, 5, 3), drawn(2, 7, 4), drawn(3, 3, 4), drawn(4, 8, 4)
-    along = feedback.contrasts(drawn(6, 5, 3), 9)
-    error, expected = gated_network(x, gate, readout, output, np.array([0, 2, 1]), basis)
+@READOUTS
+def test_with_the_maps_of_the_network_the_delta_is_the_gradient_at_the_output(shares):
+    y, gates, readout = drawn(0, 8, 4), drawn(2, 7, 4, 4), drawn(3, 3, 4)
+    described = feedback.features(y, BATCH, drawn(1, 4, 3))
+    top, expected = layered_network(y, described, gates, shares, readout, np.array([0, 2, 1]))
+    # An output error sums to 0 over the classes: two directions hold every gradient.
+    directions = np.linalg.qr((readout[1:] - readout[0]).T.astype(float))[0].T.astype(np.float32)
 
-    def delta(e, contrasts, scores_of, gates, features):
-        return feedback.deltas(features, BATCH, (contrasts @ scores_of)[:, None, :] * gates, e @ contrasts.T)
+    def delta(top, described, directions, gates):
+        return feedback.deltas(top, described, BATCH, directions, np.einsum("fij,ki->kfj", gates, directions))
 
-    parts = (along, readout, gate, feedback.features(x, BATCH, basis))
-    # The same sums over magnitudes (|e| <= 1/B), times the roundings on the way: 3 classes twice, 3 + 7 + 2 terms, 8 factors.
-    magnitudes = delta(np.full_like(error, 1 / 3), *map(np.abs, parts))
-    assert (np.abs(delta(error, *parts) - expected) <= 26 * UNIT * magnitudes).all()
-    assert np.abs(expected).max() > 1e-2
+    parts = (top.astype(np.float32), described, directions, gates)
+    found, magnitudes = delta(*parts), delta(*map(np.abs, parts))
+    # The same sums over magnitudes, times the roundings on the way: the top, 4 tokens, 4 entries, a length, directions that are used
+    # twice and leave a gradient of 4 entries unturned, 4 + 7 entries of a map and its product, 2 directions and the top.
+    assert (np.abs(found - expected) <= 34 * UNIT * magnitudes).all()
+    assert np.abs(expected - top).max() > 1e-2
 
 
-def test_the_output_error_is_the_gradient_of_the_mean_cross_entropy():
-    scores, labels = torch.from_numpy(drawn(0, 4, 3)).requires_grad_(), np.array([0, 2, 2, 1])
-    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(scores, torch.from_numpy(labels)), scores)
-    probabilities = scores.detach().softmax(1).numpy()
-    before = probabilities.copy()
-    np.testing.assert_allclose(feedback.output_error(probabilities, labels), expected.numpy(), atol=4 * UNIT)
-    assert np.array_equal(probabilities, before)
+def test_without_maps_the_delta_is_the_gradient_at_the_top():
+    """Layers add to what they are given: a map says what they change."""
+    top = drawn(0, 8, 4)
+    before = top.tobytes()
+    found = feedback.deltas(top, drawn(1, 8, 7), BATCH, drawn(2, 3, 4), np.zeros((3, 7, 4), np.float32))
+    assert found.tobytes() == before
+    feedback.deltas(top, drawn(1, 8, 7), BATCH, drawn(2, 3, 4), drawn(3, 3, 7, 4))
+    assert top.tobytes() == before
+
+
+def test_what_maps_add_to_a_text_is_its_own_gradients_and_nobody_elses():
+    top, described, directions, maps = integers(0, 8, 4), integers(1, 8, 7), integers(2, 3, 4), integers(3, 3, 7, 4)
+    changed = top.copy()
+    changed[4:] += 5
+    found = [feedback.deltas(one, described, BATCH, directions, maps) for one in (top, changed)]
+    assert np.array_equal(found[0][:4], found[1][:4])
+    assert not np.array_equal(found[0][4:] - top[4:], found[1][4:] - changed[4:])
+
+
+def test_sums_of_texts_add_up_each_texts_own_tokens():
+    values = integers(0, 8, 3)
+    assert feedback.sums_of_texts(values, BATCH).tolist() == [values[:3].sum(0).tolist(), values[3].tolist(), values[4:].sum(0).tolist()]
 
 
 def test_tokens_are_listed_in_the_order_of_the_masked_activations():
@@ -99,33 +129,107 @@ def test_features_pool_over_the_sentences_own_tokens_only():
 
 
 def test_a_sentences_share_of_the_delta_does_not_grow_with_its_length():
-    """Eq. (3) divides by T: the deltas of an example add up to its error whether it has one token or four."""
-    found = feedback.deltas(np.ones((8, 1), np.float32), BATCH, np.ones((1, 1, 1), np.float32), np.array([[3.0], [2.0], [4.0]], np.float32))
-    assert [float(part.sum()) for part in np.split(found, [3, 4])] == [3, 2, 4]
+    """Eq. (4) divides by T: what a map adds to an example adds up to the example's gradient whether it has one token or four."""
+    top, one = np.array([[0, 0, 3, 2, 0, 0, 0, 4]], np.float32).T, np.ones((1, 1), np.float32)
+    added = feedback.deltas(top, np.ones((8, 1), np.float32), BATCH, one, one[None]) - top
+    assert [float(part.sum()) for part in np.split(added, [3, 4])] == [3, 2, 4]
 
 
-# Contrasts and bases.
+# Directions, shares of tokens and bases.
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 7])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
-def test_contrasts_are_orthonormal_sum_to_zero_and_lose_nothing_of_an_output_error(num_classes, scale):
-    scores = np.float32(scale) * drawn(0, 20, num_classes)
-    found = feedback.contrasts(scores, num_classes)
-    # Unit rows rounded to float32: each of C products errs by at most 3 UNIT.
-    tolerance = 4 * num_classes * UNIT
-    np.testing.assert_allclose(found @ found.T, np.eye(num_classes - 1), atol=tolerance)
-    np.testing.assert_allclose(found.sum(axis=1), 0, atol=tolerance)
-    error = feedback.output_error(torch.from_numpy(drawn(1, 5, num_classes)).softmax(1).numpy(), np.zeros(5, np.int64))
-    np.testing.assert_allclose(error @ found.T @ found, error, atol=tolerance)
+def softmax(scores):
+    return torch.from_numpy(scores).softmax(1).numpy()
 
 
-def test_the_contrast_kept_is_the_one_along_which_scores_vary():
-    loud, quiet = np.array([1, -1, 0]) / math.sqrt(2), np.array([1, 1, -2]) / math.sqrt(6)
-    varied = np.outer([3, -3, 3, -3], loud) + np.outer([1, 1, -1, -1], quiet) + np.array([[5], [-5], [9], [0]])
-    (found,) = feedback.contrasts(varied.astype(np.float32), 1)
-    # Scores up to 12 are rounded by 12 UNIT each, against squares that differ by 9 - 1 per example.
-    assert abs(found @ loud) > 1 - 12 * UNIT
+def test_moments_are_those_of_gradients_under_labels_that_the_model_draws_itself():
+    jacobian, counts = integers(0, 3, 4, 5), np.array([[2, 4, 1, 1], [8, 0, 0, 0], [3, 3, 1, 1]])
+    probabilities = (counts / 8).astype(np.float32)  # they add up to 1 exactly, as a softmax does up to a rounding
+    gradients = [
+        (share, (share_of - np.eye(4)[label]) @ one)
+        for one, share_of in zip(jacobian.astype(float), probabilities.astype(float), strict=True)
+        for label, share in enumerate(share_of)
+    ]
+    expected = sum(share * np.outer(gradient, gradient) for share, gradient in gradients)
+    # Sums of integers and eighths below 1000 in double precision: but for the squares of eight square roots, exact.
+    np.testing.assert_allclose(feedback.gradient_moments(jacobian, probabilities), expected, atol=1e-12)
+
+
+def test_a_text_that_the_model_is_sure_of_moves_no_direction():
+    moments = feedback.gradient_moments(integers(0, 2, 3, 5), np.eye(3, dtype=np.float32)[:2])
+    assert not moments.any()
+    assert feedback.main_directions(moments, 8).shape == (0, 5)
+
+
+def test_what_all_classes_share_is_in_no_gradient_however_large_it_is():
+    """A float32 softmax adds up to 1 but for a rounding, which the square of a large shared part would magnify."""
+    own, shared = drawn(0, 32, 2, 8), 1000 * drawn(1, 8)
+    probabilities = softmax(np.tile(np.array([16.0, 0.0], np.float32), (32, 1)))
+    expected = feedback.gradient_moments(own, probabilities)
+    found = feedback.gradient_moments(own + shared, probabilities)
+    # Entries near 1000 lose 1000 UNIT each; own parts are below 5, their squares count 1e-7 each, and there are 32 texts.
+    np.testing.assert_allclose(found, expected, atol=32 * 1e-7 * 4 * 5 * 4000 * UNIT + 1e-15)
+    assert np.linalg.eigvalsh(found).min() > -1e-15
+
+
+@pytest.mark.parametrize(("num_texts", "num_classes"), [(1, 2), (4, 2), (4, 3)])
+def test_what_directions_leave_out_of_gradients_is_quiet(num_texts, num_classes):
+    jacobian, probabilities = drawn(0, num_texts, num_classes, 6), softmax(2 * drawn(1, num_texts, num_classes))
+    moments = feedback.gradient_moments(jacobian, probabilities)
+    directions = feedback.main_directions(moments, 99)
+    assert len(directions) <= min(num_texts * (num_classes - 1), 6)
+    left, total = 0.0, 0.0
+    for one, shares in zip(jacobian, probabilities, strict=True):
+        for label, share in enumerate(shares):
+            gradient = (shares - np.eye(num_classes)[label]) @ one
+            left += share * squares(gradient - directions.T @ (directions @ gradient))
+            total += share * squares(gradient)
+    # Each of the directions left out holds less than its share; float32 directions lose the square of a few roundings.
+    assert left <= ((6 - len(directions)) * feedback.QUIET + (10 * UNIT) ** 2) * total
+    assert total > 0.1
+
+
+AXES = np.linalg.qr(drawn(5, 6, 6).astype(float))[0].T
+"""Six orthonormal rows."""
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (2, [1, 4]), (6, [1, 4, 0])])
+def test_directions_are_orthonormal_and_those_along_which_gradients_are_longest(most, expected, scale):
+    """The quiet ones hold less than a thousandth of all energy, whatever its size: one half of that, three nothing."""
+    energies = scale * np.array([0.01, 5.0, 0.0, 0.0035, 2.0, 0.0])
+    found = feedback.main_directions((AXES.T * energies) @ AXES, most)
+    # Unit rows rounded to float32: each of six products errs by at most 3 UNIT. Double precision parts 0.01 from 0.0035 to 1e-13.
+    np.testing.assert_allclose(found @ found.T, np.eye(len(expected)), atol=18 * UNIT)
+    np.testing.assert_allclose(np.abs(found @ AXES.T), np.eye(6)[expected], atol=18 * UNIT)
+
+
+def test_where_every_gradient_is_zero_there_are_no_directions():
+    assert feedback.main_directions(np.zeros((4, 4)), 8).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "weights", [MEAN, LAST, np.array([0.5, 0.25, 0.25, 1, 0, 0.5, 0.125, 0.375], np.float32)], ids=["mean", "last", "any"]
+)
+def test_shares_are_the_weights_of_a_readout_that_adds_tokens_up(weights):
+    """Whatever scores make of the sum, and however differently from text to text."""
+    jacobian = weights[:, None] * drawn(0, 4, 3, 5)[:, BATCH.owner]
+    # Entries, sums of up to 4 and the result are rounded to float32.
+    np.testing.assert_allclose(feedback.token_shares(jacobian, BATCH), weights, rtol=6 * UNIT)
+
+
+def test_the_shares_of_a_text_add_up_to_one():
+    shares = feedback.token_shares(integers(0, 4, 8, 5), BATCH).astype(float)
+    starts = [0, 3, 4]
+    # Exact but for the rounding of each share.
+    assert (np.abs(np.add.reduceat(shares, starts) - 1) <= UNIT * np.add.reduceat(np.abs(shares), starts)).all()
+    assert np.ptp(shares[:3]) > 0.1
+
+
+def test_shares_are_even_in_a_text_that_scores_do_not_depend_on():
+    jacobian = LAST[:, None] * drawn(0, 4, 8, 5)
+    jacobian[:, 4:] = 0
+    assert feedback.token_shares(jacobian, BATCH).tolist() == [0, 0, 1, 1, 0.25, 0.25, 0.25, 0.25]
 
 
 def test_principal_components_describe_inputs_that_vary_in_two_directions():
@@ -139,7 +243,7 @@ def test_principal_components_describe_inputs_that_vary_in_two_directions():
     assert np.isfinite(feedback.principal_components(np.ones((3, 4), np.float32), 2)).all()
 
 
-# The fit, eq. (4).
+# The fit, eq. (5).
 
 
 def sums(described, targets):
@@ -214,7 +318,7 @@ def test_noise_asks_for_more_ridge():
     assert chosen == [min(feedback.RIDGES), max(feedback.RIDGES)]
 
 
-# Gains and the arm, eq. (6).
+# Gains and the arm, eq. (7).
 
 
 def test_an_opposite_estimate_is_turned_round_and_a_true_one_keeps_its_length():
@@ -314,13 +418,46 @@ def test_along_a_measured_column_the_slope_has_the_last_word():
     np.testing.assert_allclose(span @ found, span @ gradient, atol=5 * 64 * 16 * 4 * UNIT)
 
 
+def test_estimates_count_two_and_a_half_passes_each_rounded_up():
+    assert [passes_of_estimates(count) for count in range(6)] == [0, 3, 5, 8, 10, 13]
+    for count in range(50):
+        assert passes_of_estimates(count) == math.ceil(2.5 * count)
+        assert queries_of_estimates(count) == math.ceil(passes_of_estimates(count) / 2)
+
+
 @pytest.mark.parametrize("num_columns", [0, 2])
-@pytest.mark.parametrize(("queries", "steps", "blocks"), [(3, 1, 2), (5, 3, 2), (5, 1, 2), (9, 4, 1), (9, 1, 8)])
+@pytest.mark.parametrize(("queries", "steps", "blocks"), [(4, 1, 2), (6, 3, 2), (6, 2, 1), (9, 4, 1), (10, 1, 8), (2, 1, 0), (7, 3, 0)])
 def test_estimates_blocks_columns_and_probes_share_one_budget(queries, steps, blocks, num_columns):
     config = replace(ARM, queries=queries, local_steps=steps, feedback_blocks=blocks)
     free = FeedbackArm().free_queries(config)
-    assert free == queries - steps - blocks
+    passes = math.ceil(2.5 * steps) + 2 * blocks + 2 * free
+    assert 2 * queries - 2 < passes <= 2 * queries
     assert FeedbackArm().probes(config, min(num_columns, free), 0).num_random + min(num_columns, free) == free
+
+
+@pytest.mark.parametrize("maps_version", [-1, 0, 7])
+def test_blocks_are_measured_with_maps_and_without(maps_version):
+    """Without maps a layer below gets the last one's gradient, and how much of that is true is as open as with them."""
+    assert FeedbackArm().feedback(ARM, maps_version, BLOCKS).blocks == BLOCKS
+
+
+def test_an_estimate_without_blocks_is_exact_and_stays():
+    """A network with nothing adapted below its last layer."""
+    asked, _ = plan(blocks=())
+    measured = Measured(
+        num_devices=1,
+        column_slopes=NOTHING,
+        column_variance=np.zeros(0),
+        random_slopes=(),
+        estimate=drawn(7, SIZE),
+        agreement=NOTHING,
+        energy=NOTHING,
+    )
+    public = Public(span=np.zeros((0, SIZE), np.float32), basis=[], predicted=NOTHING)
+    found = FeedbackArm().combine(ARM, asked, public, measured)
+    # Packed at 32 bits, as a multiple of a power of two.
+    assert np.array_equal(unpack_vector(found.dense, SIZE), drawn(7, SIZE))
+    assert found.observed["gain"] == 0
 
 
 # Local steps on a device.
@@ -330,6 +467,7 @@ class Bowl:
     """A loss |θ|²/2 whose estimate is its gradient, scaled by the batch it is asked for."""
 
     num_examples = 4
+    map_shape = (1, 4)
 
     def evaluate(self, chosen):
         return lambda points: np.square(points.astype(np.float64)).sum(axis=1).astype(np.float32) / 2, 1
@@ -342,7 +480,7 @@ def test_local_steps_walk_and_report_the_mean_of_their_estimates():
     asked, replica = plan(maps_version=-1)
     no_guide = digest(np.zeros((0, SIZE), np.float32))
     asked = replace(asked, batch_size=1, guide_hash=no_guide, feedback=replace(asked.feedback, num_steps=3, step_size=0.25))
-    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Bowl(), None, ())
+    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Bowl(), None, None)
     point, estimates = replica.theta, []
     for step in range(3):
         found, _ = Bowl().estimate(point, choose_batch(asked, 0, 4, step), None)
@@ -350,7 +488,7 @@ def test_local_steps_walk_and_report_the_mean_of_their_estimates():
         point = point - np.float32(0.25) * estimates[-1]
     # Packed at 32 bits: two roundings of a mean of three.
     np.testing.assert_allclose(unpack_vector(report.estimate, SIZE), np.mean(estimates, axis=0), rtol=6 * UNIT)
-    assert (report.num_examples, report.forward_passes) == (3, 2 * 3 + 2 * len(BLOCKS))
+    assert (report.num_examples, report.forward_passes) == (3, 8 + 2 * len(BLOCKS))
     first = [float(estimates[0][a:b] @ estimates[0][a:b]) for a, b in BLOCKS]
     np.testing.assert_allclose(report.energy, first, rtol=100 * UNIT)
 
@@ -362,7 +500,7 @@ def test_devices_round_what_they_send_each_by_itself():
     orders = [Order(device_id=device_id, group=0, plan=asked, updates=(), snapshot=None) for device_id in (0, 1, 0)]
     runtime = Bowl()
     runtime.num_examples = 1
-    first, second, again = (unpack_vector(run_device(order, replica, runtime, None, ()).estimate, SIZE) for order in orders)
+    first, second, again = (unpack_vector(run_device(order, replica, runtime, None, None).estimate, SIZE) for order in orders)
     step = np.abs(replica.theta).max() / 7 * (1 + 2**-10)
     assert np.abs(first - replica.theta).max() <= step
     assert np.array_equal(first, again)
@@ -383,7 +521,7 @@ class Cliff(Bowl):
 def test_no_estimate_of_a_walk_counts_for_more_than_its_first():
     asked, replica = plan(maps_version=-1, blocks=())
     asked = replace(asked, guide_hash=digest(np.zeros((0, SIZE), np.float32)), feedback=replace(asked.feedback, num_steps=3))
-    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Cliff(), None, ())
+    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Cliff(), None, None)
     assert unpack_vector(report.estimate, SIZE) == pytest.approx(10, rel=8 * UNIT)
 
 
@@ -405,8 +543,62 @@ def test_a_vector_is_cut_to_a_length_and_keeps_its_direction(length):
 def test_a_report_tells_the_loss_where_the_round_began():
     asked, replica = plan(maps_version=-1)
     asked = replace(asked, guide_hash=digest(np.zeros((0, SIZE), np.float32)), feedback=replace(asked.feedback, num_steps=3))
-    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Bowl(), None, ())
+    report = run_device(Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None), replica, Bowl(), None, None)
     assert report.loss == squares(replica.theta) / 2
+
+
+# Maps on a device.
+
+
+class Listener(Bowl):
+    """Remembers the versions of the maps that it was given."""
+
+    def __init__(self):
+        self.given = []
+
+    def estimate(self, theta, chosen, maps):
+        self.given.append(None if maps is None else maps.version)
+        return super().estimate(theta, chosen, maps)
+
+
+def order_of(device_id=0, **changes):
+    asked, replica = plan(**changes)
+    asked = replace(asked, guide_hash=digest(np.zeros((0, SIZE), np.float32)))
+    return Order(device_id=device_id, group=0, plan=asked, updates=(), snapshot=None), replica
+
+
+def decoded(version):
+    layer = LayerMaps(basis=drawn(30, 4, 2), maps=drawn(31, 1, 5, 4))
+    return DecodedMaps(version=version, directions=drawn(29, 1, 4), layers=(layer,))
+
+
+@pytest.mark.parametrize(("asked_version", "expected"), [(3, 3), (-1, None)])
+def test_an_estimate_is_made_with_the_maps_that_the_plan_means(asked_version, expected):
+    """A device may hold maps that the cloud has taken back."""
+    order, replica = order_of(maps_version=asked_version)
+    runtime = Listener()
+    run_device(order, replica, runtime, None, decoded(3))
+    assert runtime.given == [expected]
+
+
+@pytest.mark.parametrize(("held", "found"), [(None, "none"), (decoded(2), "version 2")], ids=["none", "older"])
+def test_a_device_without_the_maps_that_the_plan_means_says_so(held, found):
+    order, replica = order_of()
+    with pytest.raises(ProtocolError, match=f"feedback maps of version 3 expected, {found} found"):
+        run_device(order, replica, Bowl(), None, held)
+
+
+def test_a_host_keeps_maps_and_refuses_those_of_another_model_without_losing_them():
+    runtime = Listener()
+    host = Host([runtime, runtime], order_of()[1], OptimizerConfig(), list)
+    host.answer(encode(order_of(maps=(maps_of(3),))[0]))
+    for wrong in (maps_of(8, width=5), maps_of(8, 5)):
+        with pytest.raises((DecodeError, ProtocolError), match=r"maps|guide"):
+            host.answer(encode(order_of(maps=(wrong,), maps_version=8)[0]))
+    host.answer(encode(order_of(device_id=1)[0]))
+    for version, base_version in ((8, 3), (16, 8)):
+        host.answer(encode(order_of(maps=(maps_of(version, base_version),), maps_version=version)[0]))
+    assert runtime.given == [3, 3, 8, 16]
 
 
 # The edge.
@@ -478,16 +670,17 @@ def test_an_estimate_of_absurd_size_stops_no_round(scale, value):
     assert decode(encode(found), EdgeReport).num_devices + sum(found.dropped.values()) == 2
 
 
-def maps_of(version, base_version=-1):
+def maps_of(version, base_version=-1, width=4):
     is_whole = base_version == -1
     return Maps(
         version=version,
         base_version=base_version,
-        contrasts=feedback.contrasts(np.zeros((1, 2), np.float32), 1)[: int(is_whole)],
+        num_directions=int(is_whole),
+        directions=pack_rows([drawn(29, 1, width)], 8) if is_whole else None,
         num_components=2 * is_whole,
-        basis=pack_basis([drawn(30, 6, 2)], 8) if is_whole else None,
+        basis=pack_rows([drawn(30, width, 2)], 8) if is_whole else None,
         rank=1,
-        factors=pack_factors([Fitted(maps=drawn(31, 1, 5, 4), xx=np.eye(5))], 1),
+        factors=pack_factors([Fitted(maps=drawn(31, 1, 5, width), xx=np.eye(5))], 1),
     )
 
 

@@ -33,10 +33,10 @@ class Public:
         return len(self.labels)
 
 
-class NoModules:
-    """Softmax regression has no adapted module."""
+class NoLayers:
+    """Softmax regression has no layers, adapted or not."""
 
-    sizes, head = (), None
+    below, width, has_head = (), FEATURES, False
 
     def blocks(self, most):
         return ()
@@ -47,7 +47,7 @@ class NoModules:
 
 class SoftmaxRegression:
     num_classes = CLASSES
-    adapted = NoModules()
+    adapted = NoLayers()
 
     def batch(self, examples, indices):
         return torch.from_numpy(examples.features[list(indices)])
@@ -65,11 +65,11 @@ def maker_of(labels, *, batch_size=64, pool_size=1):
     return GuideMaker(SoftmaxRegression(), public_of(labels), batch_size, pool_size)
 
 
-def cloud_of(labels, config=None, rounds=0, federation=None):
+def cloud_of(labels, config=None, rounds=0, federation=None, model=None):
     """A cloud after some rounds of its own steps."""
     run = RunConfig(arm=config or MEASURED, federation=federation or FederationConfig())
     maker = maker_of(labels, pool_size=run.arm.pool_size)
-    fitter = MapFitter(SoftmaxRegression(), public_of(labels), num_examples=8, num_components=1, rank=1, bits=8, most_blocks=1)
+    fitter = MapFitter(model or SoftmaxRegression(), public_of(labels), num_examples=8, num_components=1, rank=1, bits=8, most_blocks=1)
     replica = replay.start(noise.gaussian(8, 0, SIZE), run.optimizer)
     for _ in range(rounds):
         replica = replay.step(replica, noise.gaussian(9, replica.model_version, SIZE), 0.1, run.optimizer)
@@ -230,6 +230,24 @@ def test_the_default_arms_last_query_needs_nothing_of_the_clouds_labels():
         prepared = cloud_of(labels, ArmConfig(name=ArmName.FEEDBACK), rounds=3).plan()
         assert (prepared.plan.guide.has_momentum, prepared.plan.num_columns, prepared.plan.probes.num_random) == (True, 1, 0)
         assert prepared.public_loss is None
+
+
+class OneBlock(NoLayers):
+    """As if all of θ lay below a last layer."""
+
+    def blocks(self, most):
+        return ((0, SIZE),)[:most]
+
+
+class Layered(SoftmaxRegression):
+    adapted = OneBlock()
+
+
+def test_a_block_takes_the_default_arms_last_query_with_maps_and_without():
+    """Four of its five queries are its estimates; a block without maps is measured too, since layers below get the last one's gradient."""
+    plan = cloud_of(EVERY_CLASS, ArmConfig(name=ArmName.FEEDBACK), model=Layered()).plan().plan
+    assert (plan.guide, plan.num_columns, plan.probes.num_random) == (None, 0, 0)
+    assert (plan.feedback.maps_version, plan.feedback.blocks, plan.maps) == (-1, ((0, SIZE),), ())
 
 
 @pytest.mark.parametrize("name", [ArmName.MEZO_FL, ArmName.DECOMFL, ArmName.FEDKSEED, ArmName.FEDAVG_BP])

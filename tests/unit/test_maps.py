@@ -11,40 +11,44 @@ import pytest
 
 from cooperllm.algorithm import noise
 from cooperllm.algorithm.compression import HEADER, pack, packed_bytes
-from cooperllm.algorithm.feedback import Moments, contrasts
-from cooperllm.algorithm.maps import Fitted, factors, joined, missing, pack_basis, pack_factors, unpack_maps
+from cooperllm.algorithm.feedback import Moments
+from cooperllm.algorithm.maps import MOST_DIRECTIONS, Fitted, factors, joined, missing, pack_factors, pack_rows, unpack_maps
+from cooperllm.config import MOST_MAP_COMPONENTS
 from cooperllm.errors import DecodeError, ProtocolError
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import Maps, Packed
+from cooperllm.messages import Maps
 
 UNIT = 2.0**-24
-CLASSES, WIDTH, RANK = 3, 2, 2
-SIZES = [(6, 4), (6, 5), (8, 4)]
+LAYERS, WIDTH, DIRECTIONS, COMPONENTS, RANK = 3, 6, 2, 2, 2
+FEATURES = 1 + 2 * COMPONENTS
 
 
 def drawn(index, *shape):
     return noise.gaussian(5, index, int(np.prod(shape))).reshape(shape)
 
 
+def directions():
+    return drawn(9, DIRECTIONS, WIDTH)
+
+
 def bases():
-    return [drawn(2 * index, size, WIDTH) for index, (size, _) in enumerate(SIZES)]
+    return [drawn(2 * layer, WIDTH, COMPONENTS) for layer in range(LAYERS)]
 
 
 def fitted(start=0):
     """Maps whose predictions are dominated by no output."""
-    described = drawn(50 + start, 40, 1 + 2 * WIDTH).astype(np.float64)
-    return [
-        Fitted(maps=drawn(start + index, 2, 1 + 2 * WIDTH, output), xx=described.T @ described) for index, (_, output) in enumerate(SIZES)
-    ]
+    described = drawn(50 + start, 40, FEATURES).astype(np.float64)
+    return [Fitted(maps=drawn(start + layer, DIRECTIONS, FEATURES, WIDTH), xx=described.T @ described) for layer in range(LAYERS)]
 
 
 def packed(bits=32, rank=RANK):
     return Maps(
         version=7,
         base_version=-1,
-        contrasts=contrasts(drawn(9, 5, CLASSES), 8),
-        num_components=WIDTH,
-        basis=pack_basis(bases(), bits),
+        num_directions=DIRECTIONS,
+        directions=pack_rows([directions()], bits),
+        num_components=COMPONENTS,
+        basis=pack_rows(bases(), bits),
         rank=rank,
         factors=pack_factors(fitted(), rank, bits),
     )
@@ -54,7 +58,8 @@ def difference(version, base_version, start):
     return Maps(
         version=version,
         base_version=base_version,
-        contrasts=np.zeros((0, CLASSES), np.float32),
+        num_directions=0,
+        directions=None,
         num_components=0,
         basis=None,
         rank=1,
@@ -62,25 +67,32 @@ def difference(version, base_version, start):
     )
 
 
+def unpacked(*held):
+    return unpack_maps([decode(encode(maps), Maps) for maps in held], LAYERS, WIDTH)
+
+
 # What a fit comes to on the link.
 
 
 @pytest.mark.parametrize("bits", [4, 8, 32])
-def test_every_basis_comes_back_to_its_module(bits):
-    found = unpack_maps([decode(encode(packed(bits)), Maps)], SIZES, CLASSES)
-    largest = max(np.abs(basis).max() for basis in bases())
-    # Half a step of b bits, with the scale of a block rounded up by at most 2⁻¹⁰; 32 bits are rounded twice.
-    bound = largest * (2 * UNIT if bits == 32 else (1 + 2.0**-10) / (2 ** (bits - 1) - 1) / 2 + 2 * UNIT)
-    for one, other in zip(found, bases(), strict=True):
-        assert np.abs(one.basis - other).max() <= bound
+def test_directions_come_back_and_every_basis_to_its_layer(bits):
+    found = unpacked(packed(bits))
+
+    def bound(rows):
+        """Half a step of b bits, with the scale of a block rounded up by at most 2⁻¹⁰; 32 bits are rounded twice."""
+        largest = max(np.abs(matrix).max() for matrix in rows)
+        return largest * (2 * UNIT if bits == 32 else (1 + 2.0**-10) / (2 ** (bits - 1) - 1) / 2 + 2 * UNIT)
+
+    assert np.abs(found.directions - directions()).max() <= bound([directions()])
+    for layer, basis in zip(found.layers, bases(), strict=True):
+        assert np.abs(layer.basis - basis).max() <= bound(bases())
 
 
-def test_maps_of_full_rank_come_back_to_their_modules():
-    """Five outputs at most, so that rank 4 and 5 lose nothing but roundings: of factors up to √5 · 4.33 and of sums of five."""
-    sizes = [(6, 4)]
-    message = replace(packed(), rank=4, basis=pack_basis(bases()[:1], 32), factors=pack_factors(fitted()[:1], 4, 32))
-    (found,) = unpack_maps([message], sizes, CLASSES)
-    assert np.abs(found.maps - fitted()[0].maps).max() <= 5 * 6 * 4.33 * 5 * UNIT
+def test_maps_of_full_rank_come_back_to_their_layers():
+    """Six outputs, so that rank 6 loses nothing but roundings: of factors up to √6 · 4.33 and 1, of products and of sums of six."""
+    found = unpacked(packed(rank=WIDTH))
+    for layer, fit in zip(found.layers, fitted(), strict=True):
+        assert np.abs(layer.maps - fit.maps).max() <= 6 * 11 * np.sqrt(6) * 4.33 * UNIT
 
 
 def test_the_rank_is_spent_where_predictions_move():
@@ -96,19 +108,20 @@ def test_the_rank_is_spent_where_predictions_move():
 def test_no_other_cut_of_that_rank_predicts_more(rank):
     one = fitted()[1]
     root = np.linalg.cholesky(one.xx).T
-    wide = np.concatenate([root @ contrast for contrast in one.maps.astype(np.float64)])
+    wide = np.concatenate([root @ direction for direction in one.maps.astype(np.float64)])
     best = np.square(np.linalg.svd(wide, compute_uv=False)[rank:]).sum()
     left, right = factors(one, rank)
     cut = (left.T.astype(np.float64) @ right).reshape(one.maps.shape)
-    found = sum(np.square(root @ (contrast - other)).sum() for contrast, other in zip(one.maps, cut, strict=True))
+    found = sum(np.square(root @ (direction - other)).sum() for direction, other in zip(one.maps, cut, strict=True))
     # Entries below 50 and products of norm below 300, rounded to float32 a few times.
     assert found == pytest.approx(best, rel=1e-4, abs=1e-4)
 
 
-def test_nothing_but_bases_and_factors_travels():
-    entries = sum(RANK * (2 * (1 + 2 * WIDTH) + output) for _, output in SIZES)
+def test_nothing_but_directions_bases_and_factors_travels():
+    entries = LAYERS * RANK * (DIRECTIONS * FEATURES + WIDTH)
     assert len(packed(8).factors.payload) == packed_bytes(1, entries, 8)
-    assert len(packed(8).basis.payload) == packed_bytes(1, (6 + 6 + 8) * WIDTH, 8)
+    assert len(packed(8).basis.payload) == packed_bytes(1, LAYERS * WIDTH * COMPONENTS, 8)
+    assert len(packed(8).directions.payload) == packed_bytes(1, DIRECTIONS * WIDTH, 8)
 
 
 # Differences.
@@ -116,12 +129,13 @@ def test_nothing_but_bases_and_factors_travels():
 
 def test_whole_maps_and_differences_add_up_in_order_to_the_same_bits():
     chain = [packed(8), difference(8, 7, 20), difference(16, 8, 30)]
-    found = unpack_maps([decode(encode(maps), Maps) for maps in chain], SIZES, CLASSES)
-    parts = [unpack_maps([packed(8)], SIZES, CLASSES)]
-    parts += [unpack_maps([replace(packed(8), rank=1, factors=maps.factors)], SIZES, CLASSES) for maps in chain[1:]]
-    for module, (whole, first, second) in zip(found, zip(*parts, strict=True), strict=True):
-        assert module.maps.tobytes() == ((whole.maps + first.maps) + second.maps).tobytes()
-        assert module.basis.tobytes() == whole.basis.tobytes()
+    found = unpacked(*chain)
+    parts = [unpacked(packed(8)), *(unpacked(replace(packed(8), rank=1, factors=maps.factors)) for maps in chain[1:])]
+    assert found.version == 16
+    assert found.directions.tobytes() == parts[0].directions.tobytes()
+    for layer, (whole, first, second) in zip(found.layers, zip(*(part.layers for part in parts), strict=True), strict=True):
+        assert layer.maps.tobytes() == ((whole.maps + first.maps) + second.maps).tobytes()
+        assert layer.basis.tobytes() == whole.basis.tobytes()
 
 
 def test_a_fit_beyond_maps_is_what_has_to_be_added():
@@ -171,85 +185,138 @@ def test_a_receiver_lacks_what_came_after_its_version_or_everything():
 # What does not fit.
 
 
-def of_factors(**changes):
+def of(name, **changes):
     found = packed()
-    return replace(found, factors=replace(found.factors, **changes))
+    return replace(found, **{name: replace(getattr(found, name), **changes)})
+
+
+def of_value(name, value):
+    """Float32 entries that `pack` would have scaled to 1, as many as there were."""
+    entries = (len(getattr(packed(), name).payload) - HEADER.size) // 4
+    return of(name, payload=HEADER.pack(b"CG", 1, 32, 1, entries) + np.full(entries, value, "<f4").tobytes())
+
+
+def of_size(num_directions, num_components, width, num_layers=1, rank=1):
+    """Maps whose parts are as long as their sizes say, all ones."""
+    lengths = (
+        num_directions * width,
+        num_layers * width * num_components,
+        num_layers * rank * (num_directions * (1 + 2 * num_components) + width),
+    )
+    parts = dict(
+        zip(("directions", "basis", "factors"), (pack_rows([np.ones((1, length), np.float32)], 8) for length in lengths), strict=True)
+    )
+    return Maps(version=7, base_version=-1, num_directions=num_directions, num_components=num_components, rank=rank, **parts)
 
 
 def damaged():
-    found = packed()
+    found, huge = packed(), 1 << 32
     entries = (len(found.factors.payload) - HEADER.size) // 4
-    bad = found.contrasts.copy()
-    bad[0, 0] = np.nan
-    huge = 1 << 32
     vector = np.ones((1, entries), np.float32)
-    infinite = HEADER.pack(b"CG", 1, 32, 1, entries) + np.full(entries, np.inf, "<f4").tobytes()
+    payloads = {name: getattr(found, name).payload for name in ("directions", "basis", "factors")}
     return {
-        "another-number-of-classes": replace(found, contrasts=contrasts(drawn(9, 5, CLASSES + 1), 2)),
-        "no-contrast": replace(found, contrasts=found.contrasts[:0]),
-        "as-many-contrasts-as-classes": replace(found, contrasts=np.eye(CLASSES, dtype=np.float32)),
-        "a-contrast-fewer-than-maps": replace(found, contrasts=found.contrasts[:1]),
-        "non-finite-contrasts": replace(found, contrasts=bad),
-        "no-component": replace(found, num_components=0),
-        "a-component-more": replace(found, num_components=WIDTH + 1),
-        "more-components-than-inputs": replace(found, num_components=7),
+        "no-direction": of_size(0, COMPONENTS, WIDTH, LAYERS),
+        "a-direction-fewer": replace(found, num_directions=DIRECTIONS - 1),
+        "a-direction-more": replace(found, num_directions=DIRECTIONS + 1),
+        "more-directions-than-width": replace(found, num_directions=WIDTH + 1, directions=pack_rows([drawn(9, WIDTH + 1, WIDTH)], 32)),
+        "huge-directions": replace(found, num_directions=huge),
+        "directions-of-another-width": replace(found, directions=pack_rows([drawn(9, DIRECTIONS, WIDTH + 1)], 32)),
+        "no-component": of_size(DIRECTIONS, 0, WIDTH, LAYERS),
+        "a-component-more": replace(found, num_components=COMPONENTS + 1),
+        "more-components-than-width": replace(found, num_components=WIDTH + 1, basis=pack_rows([drawn(9, LAYERS * WIDTH, WIDTH + 1)], 32)),
         "huge-components": replace(found, num_components=huge),
-        "a-short-basis": replace(found, basis=replace(found.basis, payload=found.basis.payload[:-1])),
-        "only-a-difference": replace(difference(8, 7, 20), contrasts=found.contrasts, num_components=WIDTH),
-        "no-rank": replace(found, rank=0),
+        "only-a-difference": difference(8, 7, 20),
+        "no-rank": of_size(DIRECTIONS, COMPONENTS, WIDTH, LAYERS, rank=0),
         "a-rank-more": replace(found, rank=RANK + 1),
-        "more-rank-than-outputs": replace(found, rank=5),
+        "more-rank-than-width": of_size(DIRECTIONS, COMPONENTS, WIDTH, LAYERS, rank=WIDTH + 1),
         "huge-rank": replace(found, rank=huge),
-        "no-payload": of_factors(payload=b""),
-        "a-short-payload": of_factors(payload=found.factors.payload[:-1]),
-        "a-long-payload": of_factors(payload=found.factors.payload + b"\0"),
-        "a-payload-for-another-model": of_factors(payload=pack(vector[:, 1:], 32)),
-        "two-vectors": of_factors(payload=pack(np.ones((2, entries), np.float32), 32)),
-        "a-huge-header": of_factors(payload=HEADER.pack(b"CG", 1, 4, 1, 1 << 60)),
-        "infinite-values": of_factors(payload=infinite),
+        "a-payload-for-another-model": of("factors", payload=pack(vector[:, 1:], 32)),
+        "two-vectors": of("factors", payload=pack(np.ones((2, entries), np.float32), 32)),
+        "a-huge-header": of("factors", payload=HEADER.pack(b"CG", 1, 4, 1, 1 << 60)),
+        **{f"no-{name}-payload": of(name, payload=b"") for name in payloads},
+        **{f"a-short-{name}-payload": of(name, payload=payload[:-1]) for name, payload in payloads.items()},
+        **{f"a-long-{name}-payload": of(name, payload=payload + b"\0") for name, payload in payloads.items()},
+        **{f"infinite-{name}": of_value(name, np.inf) for name in payloads},
     }
 
 
 DAMAGED = damaged()
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_what_does_not_fit_the_model_is_refused_before_anything_large_is_allocated(name):
+def refuses(message, num_layers=LAYERS, width=WIDTH, match="maps|guide|vector"):
+    """With a sentence, and before anything large is allocated."""
     tracemalloc.start()
     try:
-        with pytest.raises(DecodeError, match=r"maps|guide|vector"):
-            unpack_maps([DAMAGED[name]], SIZES, CLASSES)
+        with pytest.raises(DecodeError, match=match):
+            unpack_maps([message], num_layers, width)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
 
 
-def test_a_damaged_difference_is_refused_too():
-    damaged_one = replace(difference(8, 7, 20), rank=2)
+def test_maps_whose_parts_are_as_long_as_their_sizes_say_are_taken():
+    """What is refused below is not refused for another reason."""
+    (first, *_) = unpack_maps([of_size(DIRECTIONS, COMPONENTS, WIDTH, LAYERS, rank=WIDTH)], LAYERS, WIDTH).layers
+    assert first.maps.shape == (DIRECTIONS, FEATURES, WIDTH)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_does_not_fit_the_model_is_refused_before_anything_large_is_allocated(name):
+    refuses(DAMAGED[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "sizes"),
+    [("directions", MOST_DIRECTIONS, lambda count: (count, 1)), ("components", MOST_MAP_COMPONENTS, lambda count: (1, count))],
+)
+def test_a_receiver_has_a_bound_of_its_own_on_directions_and_components(name, most, sizes):
+    """A model may be wide enough for more; what a message may ask for does not grow with its width alone."""
+    width = MOST_MAP_COMPONENTS + 9
+    (layer,) = unpack_maps([of_size(*sizes(most), width)], 1, width).layers
+    assert (layer.maps.shape[0], layer.basis.shape[1]) == sizes(most)
+    refuses(of_size(*sizes(most + 1), width), 1, width, f"maps: {most + 1} {name} found, 1 to {most} expected")
+    refuses(of_size(*sizes(8), 7), 1, 7, f"maps: 8 {name} found, 1 to 7 expected")
+
+
+def test_a_difference_brings_no_sizes_of_its_own():
+    """Receivers share directions and bases since the whole maps: what a difference claims of them changes nothing."""
+    honest = unpacked(packed(8), difference(8, 7, 20))
+    claimed = unpacked(packed(8), replace(difference(8, 7, 20), num_directions=1 << 32, num_components=1 << 32))
+    assert [layer.maps.tobytes() for layer in claimed.layers] == [layer.maps.tobytes() for layer in honest.layers]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rank": 2}, {"rank": 0}, {"rank": 1 << 32}, {"factors": pack_rows([np.ones((1, 3), np.float32)], 8)}], ids=str
+)
+def test_a_damaged_difference_is_refused_too(changes):
     with pytest.raises(DecodeError):
-        unpack_maps([packed(), damaged_one], SIZES, CLASSES)
+        unpack_maps([packed(), replace(difference(8, 7, 20), **changes)], LAYERS, WIDTH)
 
 
+@pytest.mark.parametrize("name", ["directions", "basis", "factors"])
 @pytest.mark.parametrize("scale", [1e30, 1e10])
-def test_values_that_overflow_are_refused(scale):
+def test_values_that_overflow_are_refused(name, scale):
     """Finite entries times a finite scale may still be infinite: such maps would poison an estimate without a word."""
-    found = packed()
-    entries = (len(found.factors.payload) - HEADER.size) // 4
-    payload = HEADER.pack(b"CG", 1, 32, 1, entries) + np.full(entries, 3e38, "<f4").tobytes()
-    with pytest.raises(DecodeError):
-        unpack_maps([replace(found, factors=Packed(scale=scale, payload=payload))], SIZES, CLASSES)
+    found = of_value(name, 3e38)
+    with pytest.raises(DecodeError, match="vector"):
+        unpacked(replace(found, **{name: replace(getattr(found, name), scale=scale)}))
 
 
 @pytest.mark.parametrize("scale", [1e16, 1e30])
 def test_factors_whose_product_is_absurd_are_refused(scale):
-    found = packed()
-    entries = (len(found.factors.payload) - HEADER.size) // 4
-    payload = HEADER.pack(b"CG", 1, 32, 1, entries) + np.ones(entries, "<f4").tobytes()
+    found = of_value("factors", 1.0)
     with pytest.raises(DecodeError, match="maps"):
-        unpack_maps([replace(found, factors=Packed(scale=scale, payload=payload))], SIZES, CLASSES)
+        unpacked(replace(found, factors=replace(found.factors, scale=scale)))
 
 
-@pytest.mark.parametrize("sizes", [[], SIZES[:2], [*SIZES, (6, 4)], [(6, 4), (6, 5), (8, 5)]], ids=["none", "fewer", "more", "wider"])
-def test_maps_for_another_model_are_refused(sizes):
-    with pytest.raises(DecodeError):
-        unpack_maps([packed()], sizes, CLASSES)
+@pytest.mark.parametrize(
+    ("num_layers", "width"),
+    [(LAYERS - 1, WIDTH), (LAYERS + 1, WIDTH), (LAYERS, WIDTH - 1), (LAYERS, WIDTH + 1), (1000, 4096)],
+    ids=["fewer layers", "more layers", "narrower", "wider", "a large model"],
+)
+def test_maps_for_another_model_are_refused(num_layers, width):
+    refuses(packed(), num_layers, width)
+
+
+def test_a_model_without_a_layer_below_the_last_one_takes_no_maps():
+    refuses(packed(), 0, WIDTH, "maps: version 7 found, none expected: no adapted layer")

@@ -40,8 +40,8 @@ def checkpoint():
     packed = pack_vector(vector, 8)
     shared = {"rank": 1, "factors": packed}
     maps = (
-        Maps(version=1, base_version=-1, contrasts=np.eye(2, 3, dtype=np.float32), num_components=1, basis=packed, **shared),
-        Maps(version=2, base_version=1, contrasts=np.zeros((0, 3), np.float32), num_components=0, basis=None, **shared),
+        Maps(version=1, base_version=-1, num_directions=1, directions=packed, num_components=1, basis=packed, **shared),
+        Maps(version=2, base_version=1, num_directions=0, directions=None, num_components=0, basis=None, **shared),
     )
     good = Good(theta=vector - 1, loss=0.5)
     known = {"format_version": FORMAT_VERSION, "config_hash": config_hash(RunConfig())}

@@ -14,7 +14,7 @@ their seeds again instead of being told. Its weighted choice of seeds (FedKSeed-
 momentum of back-propagation would be further steps of it under another name, so zeroth order begins from moments of zero.
 
 FedAvg-BP with checkpoints is (4) bit for bit: what a device without room for activations would do. A layer keeps its input alone and
-runs forward once more for its backward pass, four forward passes a step in the place of three.
+runs forward once more for its backward pass, three forward passes a step in the place of two.
 
 References:
     Malladi et al., 2023, MeZO, arXiv:2305.17333. Li et al., 2024, DeComFL, arXiv:2405.15861, Algorithm 1-2 with one local step.

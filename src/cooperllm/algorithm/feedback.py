@@ -1,24 +1,28 @@
-"""The feedback guide: the cloud sends maps from a device's output error to the outputs of its adapted modules.
+"""The feedback guide: the cloud sends maps from the loss's gradient at the last layer to that at the outputs of the layers below.
 
-    e    = E (softmax(scores) - onehot(y)) / B                              (1)  output error in K contrasts of the classes
-    φ_t  = [ 1, Vᵀ x_t, Vᵀ mean_s x_s ]                                     (2)  features of token t at the module's input x
-    δ_t  = (1/T) Σ_k e_k M_kᵀ φ_t                                           (3)  predicted gradient of the loss at the module's output y
-    M_k  = argmin Σ_t | T ∂(E_k·scores)/∂y_t - M_kᵀ φ_t |² + ridge |M_k|²    (4)  the cloud's fit, on public inputs; labels play no part
-    ê    = Σ_t δ_tᵀ ∂y_t/∂w                                                 (5)  gradient of the module's own parameters w, exact but for δ
-    ĝ_b  = γ_b ê_b,   γ_b = Σ_i <g_i, ê_ib> / Σ_i |ê_ib|²                    (6)  slopes measured along an estimate say how much is true
+    δᴸ_t = ∂f/∂h_t                                                  (1)  gradient at the last layer's output h, exact
+    e_k  = <q_k, Σ_t δᴸ_t>                                          (2)  a text's part of it along K directions q
+    φ_t  = [ 1, Vᵀ y_t, Vᵀ mean_s y_s ]                             (3)  features of token t at the output y of a layer below
+    δ_t  = δᴸ_t + (1/T) Σ_k e_k M_kᵀ φ_t                            (4)  predicted gradient of the loss at y
+    M_k  = argmin Σ_t | T (∂c_k/∂y_t - a_t q_k) - M_kᵀ φ_t |² + ridge |M_k|²,   c_k = Σ_t a_t <q_k, h_t>     (5)  the cloud's fit
+    ê    = Σ_t δ_tᵀ ∂y_t/∂w                                         (6)  gradient of the layer's own parameters w, exact but for δ
+    ĝ_b  = γ_b ê_b,   γ_b = Σ_i <g_i, ê_ib> / Σ_i |ê_ib|²           (7)  slopes measured along an estimate say how much is true
 
-A module is the parent of adapted layers, an attention say. A forward pass gives its input, what happens inside it (attention probabilities)
-and the output error; only the way from the error back to the module's output needs back-propagation through everything above, and that way
-is a property of the model, not of the data: it can be learnt on any text the model reads. A device runs one forward pass for (1) and a
-second in which each module's part (5) is taken while that module is at hand, so that memory holds one module at a time. The head's own
-gradient needs no map and is exact. (6) takes two more forward passes per block b: feedback gives directions, zeroth-order gives
-coefficients. A bad map has γ near 0 and is ignored; one that has come to point the wrong way has γ below 0 and is turned round.
+Layers add to what they are given, so a gradient at the last layer's output is, to a first approximation, the gradient at every output
+below: (4) without maps. What the layers between do to it is a property of the model, not of the data, and can be learnt on any text the
+model reads; labels play no part. Nor does the head: maps know directions of the last hidden state, not classes, and stay true while a head
+grows. a_t is the share of token t in what the readout takes from a text: 1/T for a mean, 1 or 0 for a last token.
+
+A device runs one forward pass for (1), during which the last layer and the readout are differentiated exactly, and a second up to the
+layer before, in which each adapted layer's part (6) is taken while that layer is at hand: memory holds one layer at a time. (7) takes two
+more forward passes per block b: feedback gives directions, zeroth-order gives coefficients. A bad map has γ near 0 and is ignored; one
+that has come to point the wrong way has γ below 0 and is turned round.
 
 Where it comes from: feedback alignment puts fixed random matrices in the place of M and lets the network adapt to them; here M is fitted
-to the network. Synthetic gradients learn (3) on the private data while they train; here public inputs suffice, and labels are never used.
+to the network. Synthetic gradients learn (4) on the private data while they train; here public inputs suffice, and labels are never used.
 
-Dimension key: N tokens of a batch (padding left out), B examples, K contrasts, C classes, H and D size of a module's input and output,
-c components, F = 1 + 2c features.
+Dimension key: N tokens of a batch (padding left out), B examples, C classes, D hidden size, K directions, c components,
+F = 1 + 2c features.
 
 References:
     Lillicrap et al., 2016, Random synaptic feedback weights support error backpropagation. Nøkland, 2016, arXiv:1609.01596.
@@ -37,6 +41,9 @@ from cooperllm.algorithm.guidance import dot
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths tried, as shares of the mean diagonal of the features' second moments."""
+
+QUIET = 1e-3
+"""Share of all gradients' energy below which a direction is not worth a map."""
 
 REFRESHES_PER_WHOLE = 8
 """A device that has never taken part receives the whole maps and every difference since: this bounds how many."""
@@ -71,112 +78,154 @@ def tokens(mask: np.ndarray) -> Tokens:
     return Tokens(owner=np.nonzero(mask)[0].astype(np.int64), lengths=mask.sum(1).astype(np.int64))
 
 
-def features(activation: Float32[np.ndarray, "N H"], batch: Tokens, basis: Float32[np.ndarray, "H c"]) -> Float32[np.ndarray, "N F"]:
-    """Describes each token by itself and by its sentence, eq. (2).
+def sums_of_texts(values: Float32[np.ndarray, "N w"], batch: Tokens) -> Float32[np.ndarray, "B w"]:
+    """Adds up the tokens of each example.
 
     Args:
-        activation: A module's input x, shape [N, H].
+        values: One row per token, shape [N, w].
         batch: Which token belongs to which example.
-        basis: Principal components V, shape [H, c].
+
+    Returns:
+        Sums, shape [B, w].
+
+    Example:
+        >>> sums_of_texts(np.ones((3, 1), np.float32), tokens(np.array([[1, 1], [1, 0]]))).tolist()
+        [[2.0], [1.0]]
+    """
+    starts = np.concatenate([[0], np.cumsum(batch.lengths)[:-1]])
+    return np.add.reduceat(values, starts, axis=0)
+
+
+def features(activation: Float32[np.ndarray, "N D"], batch: Tokens, basis: Float32[np.ndarray, "D c"]) -> Float32[np.ndarray, "N F"]:
+    """Describes each token by itself and by its sentence, eq. (3).
+
+    Args:
+        activation: A layer's output y, shape [N, D].
+        batch: Which token belongs to which example.
+        basis: Principal components V, shape [D, c].
 
     Returns:
         φ, shape [N, 1 + 2c].
 
     Example:
-        >>> x = np.array([[2.0], [4.0]], np.float32)
-        >>> features(x, tokens(np.ones((1, 2), int)), np.ones((1, 1), np.float32))
+        >>> y = np.array([[2.0], [4.0]], np.float32)
+        >>> features(y, tokens(np.ones((1, 2), int)), np.ones((1, 1), np.float32))
         array([[1., 2., 3.],
                [1., 4., 3.]], dtype=float32)
     """
     projected = activation @ basis
-    starts = np.concatenate([[0], np.cumsum(batch.lengths)[:-1]])
-    pooled = np.add.reduceat(projected, starts, axis=0) / batch.lengths[:, None].astype(np.float32)
+    pooled = sums_of_texts(projected, batch) / batch.lengths[:, None].astype(np.float32)
     return np.concatenate([np.ones((len(projected), 1), np.float32), projected, pooled[batch.owner]], axis=1)
 
 
 def deltas(
-    described: Float32[np.ndarray, "N F"], batch: Tokens, maps: Float32[np.ndarray, "K F D"], error: Float32[np.ndarray, "B K"]
+    top: Float32[np.ndarray, "N D"],
+    described: Float32[np.ndarray, "N F"],
+    batch: Tokens,
+    directions: Float32[np.ndarray, "K D"],
+    maps: Float32[np.ndarray, "K F D"],
 ) -> Float32[np.ndarray, "N D"]:
-    """Predicts the gradient of the loss at a module's output, eq. (3).
+    """Predicts the gradient of the loss at a layer's output, eq. (2) and (4).
 
     Args:
-        described: Features φ, shape [N, F].
+        top: δᴸ, the gradient at the last layer's output, shape [N, D]; not modified.
+        described: Features φ of the layer's own output, shape [N, F].
         batch: Which token belongs to which example.
+        directions: q, shape [K, D].
         maps: M, shape [K, F, D].
-        error: Output error e in contrasts, shape [B, K].
 
     Returns:
         δ, shape [N, D].
 
     Example:
-        >>> batch = tokens(np.ones((1, 2), int))
-        >>> deltas(np.ones((2, 1), np.float32), batch, np.ones((1, 1, 1), np.float32), np.array([[3.0]], np.float32))
-        array([[1.5],
-               [1.5]], dtype=float32)
+        >>> batch, one = tokens(np.ones((1, 2), int)), np.ones((1, 1), np.float32)
+        >>> deltas(np.array([[1.0], [2.0]], np.float32), np.ones((2, 1), np.float32), batch, one, one[None])
+        array([[2.5],
+               [3.5]], dtype=float32)
     """
-    share = (error / batch.lengths[:, None].astype(np.float32))[batch.owner]
-    total = np.zeros((len(described), maps.shape[2]), np.float32)
-    for contrast, one_map in enumerate(maps):
-        total += share[:, contrast, None] * (described @ one_map)
+    along = sums_of_texts(top, batch) @ directions.T
+    share = (along / batch.lengths[:, None].astype(np.float32))[batch.owner]
+    total = top.copy()
+    for direction, one_map in enumerate(maps):
+        total += share[:, direction, None] * (described @ one_map)
     return total
 
 
-def output_error(probabilities: Float32[np.ndarray, "B C"], labels: Int64[np.ndarray, "B"]) -> Float32[np.ndarray, "B C"]:
-    """Gives the gradient of the mean cross entropy at the scores, eq. (1) before contrasts are taken.
+def gradient_moments(jacobian: Float32[np.ndarray, "B C D"], probabilities: Float32[np.ndarray, "B C"]) -> Float64[np.ndarray, "D D"]:
+    """Says where gradients at the last layer will lie, whatever the labels: Σ_x E_y g gᵀ with y drawn as the model itself would.
+
+    With g = Jᵀ (softmax - onehot_y) this is Σ_x Jᵀ (diag p - p pᵀ) J.
 
     Args:
-        probabilities: Softmax of the scores, shape [B, C].
-        labels: Class of each example, shape [B].
+        jacobian: J, derivative of each score along a text's hidden states, summed over its tokens, shape [B, C, D].
+        probabilities: p, shape [B, C].
 
     Returns:
-        (softmax - onehot) / B, shape [B, C]; each row sums to 0.
+        Second moments, shape [D, D].
 
     Example:
-        >>> output_error(np.array([[0.75, 0.25]], np.float32), np.array([0]))
-        array([[-0.25,  0.25]], dtype=float32)
+        >>> gradient_moments(np.array([[[1.0], [-1.0]]], np.float32), np.array([[0.5, 0.5]], np.float32))
+        array([[1.]])
     """
-    error = probabilities.copy()
-    error[np.arange(len(labels)), labels] -= 1
-    return error / np.float32(len(labels))
+    weights = probabilities.astype(np.float64)
+    weights /= weights.sum(axis=1, keepdims=True)
+    wide = jacobian.astype(np.float64)
+    # Around the mean, so that what all classes share is gone before anything is squared.
+    centred = wide - np.einsum("bc,bcd->bd", weights, wide)[:, None]
+    scaled = (np.sqrt(weights)[:, :, None] * centred).reshape(-1, wide.shape[2])
+    return scaled.T @ scaled
 
 
-def contrasts(scores: Float32[np.ndarray, "B C"], most: int) -> Float32[np.ndarray, "K C"]:
-    """Chooses the contrasts E of eq. (1): orthonormal, each summing to 0, those first along which public scores vary most.
-
-    With K = C - 1 nothing is lost, since an output error sums to 0 over the classes; with fewer the error's part along the quietest
-    contrasts is.
+def main_directions(moments: Float64[np.ndarray, "D D"], most: int) -> Float32[np.ndarray, "K D"]:
+    """Chooses the directions q of eq. (2): orthonormal, those first along which gradients are long; quiet ones are left out.
 
     Args:
-        scores: Class scores of public examples, shape [B, C].
+        moments: Second moments of gradients, shape [D, D].
         most: K at most, >= 1.
 
     Returns:
-        E, shape [K, C].
+        q, shape [K, D]; none where every gradient is zero.
 
     Example:
-        >>> np.abs(contrasts(np.array([[1.0, -1.0], [0.0, 0.0]], np.float32), 4)).round(3)
-        array([[0.707, 0.707]], dtype=float32)
+        >>> np.abs(main_directions(np.diag([1.0, 4.0, 0.0]), 3))
+        array([[0., 1., 0.],
+               [1., 0., 0.]], dtype=float32)
     """
-    num_classes = scores.shape[1]
-    centred = scores.astype(np.float64) - scores.mean(axis=1, keepdims=True, dtype=np.float64)
-    constant = np.full((num_classes, num_classes), 1 / num_classes)
-    # The constant direction is pushed to the end of the order: no contrast may have a part of it.
-    moments = (
-        centred.T @ centred / len(scores) + np.eye(num_classes) * 1e-12 - 2 * (1 + np.abs(centred).max() ** 2) * num_classes * constant
-    )
-    vectors = np.linalg.eigh(moments)[1][:, ::-1]
-    return vectors[:, : min(num_classes - 1, most)].T.astype(np.float32)
+    energies, vectors = np.linalg.eigh(moments)
+    is_loud = energies[::-1] > QUIET * max(float(energies.sum()), 1e-30)
+    return vectors[:, ::-1].T[is_loud][:most].astype(np.float32)
 
 
-def principal_components(activation: Float32[np.ndarray, "N H"], count: int) -> Float32[np.ndarray, "H c"]:
-    """Finds the basis V of eq. (2), scaled so that features are of the order of 1.
+def token_shares(jacobian: Float32[np.ndarray, "C N D"], batch: Tokens) -> Float32[np.ndarray, "N"]:
+    """Says how much of what the readout takes from a text each token gives, a of eq. (5).
 
     Args:
-        activation: A module's public inputs, shape [N, H].
-        count: Components wanted; at most min(N, H) exist.
+        jacobian: Derivative of each score at each token's last hidden state, shape [C, N, D].
+        batch: Which token belongs to which example.
 
     Returns:
-        V, shape [H, c].
+        a, shape [N]; the shares of an example's tokens add up to 1.
+
+    Example:
+        >>> token_shares(np.array([[[3.0], [1.0]]], np.float32), tokens(np.ones((1, 2), int)))
+        array([0.75, 0.25], dtype=float32)
+    """
+    sums = np.stack([sums_of_texts(one, batch) for one in jacobian]).astype(np.float64)
+    energy = np.square(sums).sum(axis=(0, 2))
+    along = (jacobian.astype(np.float64) * sums[:, batch.owner]).sum(axis=(0, 2))
+    even = 1 / batch.lengths[batch.owner]
+    return np.where(energy[batch.owner] > 0, along / np.maximum(energy, 1e-300)[batch.owner], even).astype(np.float32)
+
+
+def principal_components(activation: Float32[np.ndarray, "N D"], count: int) -> Float32[np.ndarray, "D c"]:
+    """Finds the basis V of eq. (3), scaled so that features are of the order of 1.
+
+    Args:
+        activation: A layer's outputs on public text, shape [N, D].
+        count: Components wanted; at most min(N, D) exist.
+
+    Returns:
+        V, shape [D, c].
 
     Example:
         >>> np.abs(principal_components(np.array([[1.0, 0.0], [-1.0, 0.0]], np.float32), 1))[:, 0].round(3)
@@ -189,11 +238,11 @@ def principal_components(activation: Float32[np.ndarray, "N H"], count: int) -> 
 
 @dataclass(kw_only=True)
 class Moments:
-    """Running sums from which a module's maps follow, eq. (4): a cloud never needs to keep an activation.
+    """Running sums from which a layer's maps follow, eq. (5): a cloud never needs to keep an activation.
 
     Attributes:
         xx: Σ φ φᵀ, shape [F, F].
-        xy: Σ φ targetᵀ for each contrast, shape [K, F, D].
+        xy: Σ φ targetᵀ for each direction, shape [K, F, D].
         yy: Σ |target|².
     """
 
@@ -202,15 +251,15 @@ class Moments:
     yy: float = field(default=0.0)
 
     @classmethod
-    def zero(cls, num_features: int, num_contrasts: int, size: int) -> "Moments":
+    def zero(cls, num_features: int, num_directions: int, size: int) -> "Moments":
         """Starts the sums."""
-        return cls(xx=np.zeros((num_features, num_features)), xy=np.zeros((num_contrasts, num_features, size)))
+        return cls(xx=np.zeros((num_features, num_features)), xy=np.zeros((num_directions, num_features, size)))
 
     def add(self, described: Float32[np.ndarray, "N F"], targets: Sequence[Float32[np.ndarray, "N D"]]) -> None:
-        """Adds a batch: features, and T times the exact Jacobian of each contrast at the module's output."""
+        """Adds a batch: features, and for each direction what eq. (5) wants predicted."""
         self.xx += described.T @ described
-        for contrast, target in enumerate(targets):
-            self.xy[contrast] += described.T @ target
+        for direction, target in enumerate(targets):
+            self.xy[direction] += described.T @ target
             self.yy += float(np.square(target, dtype=np.float64).sum())
 
     def plus(self, other: "Moments") -> "Moments":
@@ -223,7 +272,7 @@ class Moments:
         return Moments(xx=self.xx, xy=self.xy - self.xx @ held, yy=self.unexplained(held) * self.yy)
 
     def solve(self, ridge: float) -> Float64[np.ndarray, "K F D"]:
-        """Solves eq. (4) for one ridge strength, a share of the mean diagonal of Σ φ φᵀ."""
+        """Solves eq. (5) for one ridge strength, a share of the mean diagonal of Σ φ φᵀ."""
         damped = self.xx + ridge * max(float(self.xx.diagonal().mean()), 1e-30) * np.eye(len(self.xx))
         return np.linalg.solve(damped[None], self.xy)
 
@@ -234,7 +283,7 @@ class Moments:
 
 
 def fit(kept: Moments, held_out: Moments) -> tuple[Float32[np.ndarray, "K F D"], float, float]:
-    """Fits a module's maps, eq. (4), with the ridge strength that predicts held-out public examples best.
+    """Fits a layer's maps, eq. (5), with the ridge strength that predicts held-out public examples best.
 
     Args:
         kept: Sums over examples to fit on.
@@ -256,7 +305,7 @@ def fit(kept: Moments, held_out: Moments) -> tuple[Float32[np.ndarray, "K F D"],
 
 
 def gains(agreement: Float32[np.ndarray, "b"], energy: Float32[np.ndarray, "b"]) -> Float32[np.ndarray, "b"]:
-    """Says how much of each block's estimate is true, eq. (6).
+    """Says how much of each block's estimate is true, eq. (7).
 
     A gain below 0 is kept: what was measured is a slope, so that a step along γ ê leads down on these examples whatever the sign.
 
@@ -296,7 +345,7 @@ def shortened(vector: Float32[np.ndarray, "n"], length: float) -> Float32[np.nda
 def rectified(
     estimate: Float32[np.ndarray, "n"], blocks: Sequence[tuple[int, int]], factors: Float32[np.ndarray, "b"]
 ) -> Float32[np.ndarray, "n"]:
-    """Scales each block of an estimate by its gain, eq. (6); what lies in no block is exact and stays.
+    """Scales each block of an estimate by its gain, eq. (7); what lies in no block is exact and stays.
 
     Args:
         estimate: ê, shape [n]; not modified.
@@ -343,7 +392,7 @@ def is_whole(model_version: int, every: int) -> bool:
         every: Updates between refreshes in the long run, >= 1.
 
     Returns:
-        Whether contrasts and bases are chosen anew; otherwise a difference to the maps in use is sent.
+        Whether directions and bases are chosen anew; otherwise a difference to the maps in use is sent.
 
     Example:
         >>> [version for version in range(0, 97, 8) if is_whole(version, 8)]

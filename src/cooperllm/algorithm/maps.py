@@ -3,45 +3,62 @@
     M_l = Σ_s A_lsᵀ B_ls,   A [r, K F],  B [r, D]                           (1)  whole maps, s = 0, and what later fits changed in them
     B_ls = first r eigenvectors of  Σ_k Δ_kᵀ (Σ φ φᵀ) Δ_k,   A = (Δ Bᵀ)ᵀ    (2)  the part of a fit Δ that moves predictions most
 
-The whole maps bring contrasts and bases, differences are to what receivers have decoded and share both, so that errors of the codec never
-add up. What one message says of a module is of rank r: a fit is noisy in most of its directions, and few of them matter. Sums run in a
+The whole maps bring directions and bases, differences are to what receivers have decoded and share both, so that errors of the codec never
+add up. What one message says of a layer is of rank r: a fit is noisy in most of its directions, and few of them matter. Sums run in a
 fixed order and element by element: the same bits everywhere.
 
-Dimension key: L adapted modules, K contrasts, C classes, H and D size of a module's input and output, c components, F = 1 + 2c features,
-r rank.
+Dimension key: L mapped layers, K directions, D hidden size, c components, F = 1 + 2c features, r rank.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
 from cooperllm.algorithm.compression import LARGEST, pack_vector, unpack_vector
+from cooperllm.config import MOST_MAP_COMPONENTS
 from cooperllm.errors import DecodeError, ProtocolError
 from cooperllm.messages import Maps, Packed
+
+MOST_DIRECTIONS = 16
+"""A receiver's bound: with it and that on components decoded maps take at most 4112 D values a layer, whatever a message says."""
 
 FACTOR_BITS = 8
 """Four bits per factor were seen to cost more than half the rank does: docs/log.md."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModuleMaps:
-    """What one adapted module needs.
+class LayerMaps:
+    """What one layer needs.
 
     Attributes:
-        basis: V, shape [H, c].
+        basis: V, shape [D, c].
         maps: M, shape [K, F, D].
     """
 
-    basis: Float32[np.ndarray, "_H _c"]
+    basis: Float32[np.ndarray, "_D _c"]
     maps: Float32[np.ndarray, "_K _F _D"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedMaps:
+    """Maps as everybody uses them.
+
+    Attributes:
+        version: Updates in the θ that they were last fitted at.
+        directions: q, shape [K, D].
+        layers: One entry per mapped layer.
+    """
+
+    version: int
+    directions: Float32[np.ndarray, "_K _D"]
+    layers: tuple[LayerMaps, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Fitted:
-    """What a fit says of one module.
+    """What a fit says of one layer.
 
     Attributes:
         maps: M or what is to be added to it, shape [K, F, D].
@@ -73,49 +90,49 @@ def factors(fitted: Fitted, rank: int) -> tuple[Float32[np.ndarray, "r _KF"], Fl
     return (right @ wide.reshape(-1, wide.shape[2]).T).astype(np.float32), right.astype(np.float32)
 
 
-def pack_basis(bases: Sequence[Float32[np.ndarray, "_H c"]], bits: int) -> Packed:
-    """Packs the bases of all modules, before anything is fitted on what comes out again.
+def pack_rows(rows: Sequence[Float32[np.ndarray, "_rows _columns"]], bits: int) -> Packed:
+    """Packs directions, or the bases of all layers, before anything is fitted on what comes out again.
 
     Args:
-        bases: V of each module.
+        rows: Matrices of any shapes, at least one.
         bits: 4, 8 or 32 bits per value.
 
     Returns:
         One packed vector.
 
     Example:
-        >>> packed = pack_basis([np.ones((2, 1), np.float32)], 8)
-        >>> unpack_basis(packed, [2], 1)[0].shape
-        (2, 1)
+        >>> [part.shape for part in unpack_rows(pack_rows([np.ones((2, 1), np.float32)], 8), [(2, 1)])]
+        [(2, 1)]
     """
-    return pack_vector(np.concatenate([basis.reshape(-1) for basis in bases]), bits)
+    return pack_vector(np.concatenate([matrix.reshape(-1) for matrix in rows]), bits)
 
 
-def unpack_basis(packed: Packed, sizes: Sequence[int], width: int) -> list[Float32[np.ndarray, "_H c"]]:
-    """Decodes bases.
+def unpack_rows(packed: Packed, shapes: Sequence[tuple[int, int]]) -> list[Float32[np.ndarray, "_rows _columns"]]:
+    """Decodes matrices.
 
     Args:
-        packed: Output of `pack_basis`, possibly damaged or hostile.
-        sizes: H of each module.
-        width: Components c.
+        packed: Output of `pack_rows` or `pack_factors`, possibly damaged or hostile.
+        shapes: What is expected.
 
     Returns:
-        V of each module.
+        The matrices.
 
     Raises:
         DecodeError: If there are more or fewer values.
 
     Example:
-        See `pack_basis`.
+        See `pack_rows`.
     """
-    return _split(packed, [(size, width) for size in sizes])
+    ends = np.cumsum([rows * columns for rows, columns in shapes]).tolist()
+    values = unpack_vector(packed, ends[-1])
+    return [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]
 
 
 def pack_factors(fits: Sequence[Fitted], rank: int, bits: int = FACTOR_BITS) -> Packed:
-    """Packs what a fit says of all modules, eq. (2).
+    """Packs what a fit says of all layers, eq. (2).
 
     Args:
-        fits: One per module.
+        fits: One per layer.
         rank: r >= 1.
         bits: 4, 8 or 32 bits per value.
 
@@ -126,50 +143,53 @@ def pack_factors(fits: Sequence[Fitted], rank: int, bits: int = FACTOR_BITS) -> 
         >>> len(pack_factors([Fitted(maps=np.ones((1, 3, 4), np.float32), xx=np.eye(3))], 1).payload)
         25
     """
-    return pack_vector(np.concatenate([part.reshape(-1) for fitted in fits for part in factors(fitted, rank)]), bits)
+    return pack_rows([part for fitted in fits for part in factors(fitted, rank)], bits)
 
 
-def unpack_maps(held: Sequence[Maps], sizes: Sequence[tuple[int, int]], num_classes: int) -> list[ModuleMaps]:
+def unpack_maps(held: Sequence[Maps], num_layers: int, width: int) -> DecodedMaps:
     """Decodes maps that arrived, eq. (1).
 
     Args:
         held: Whole maps and the differences since, possibly damaged or hostile; not empty.
-        sizes: (H, D) of each adapted module of the receiver's model.
-        num_classes: C of the receiver's model.
+        num_layers: L of the receiver's model.
+        width: D of the receiver's model.
 
     Returns:
-        One entry per module.
+        The maps.
 
     Raises:
         DecodeError: If they do not fit the model.
 
     Example:
-        >>> bases, fits = [np.ones((2, 1), np.float32)], [Fitted(maps=np.ones((1, 3, 4), np.float32), xx=np.eye(3))]
-        >>> whole = Maps(version=1, base_version=-1, contrasts=np.ones((1, 2), np.float32), num_components=1, basis=pack_basis(bases, 8),
-        ...              rank=1, factors=pack_factors(fits, 1))
-        >>> [module.maps.shape for module in unpack_maps([whole], [(2, 4)], 2)]
+        >>> rows, fits = [np.ones((4, 1), np.float32)], [Fitted(maps=np.ones((1, 3, 4), np.float32), xx=np.eye(3))]
+        >>> whole = Maps(version=1, base_version=-1, num_directions=1, directions=pack_rows([np.eye(1, 4, dtype=np.float32)], 8),
+        ...              num_components=1, basis=pack_rows(rows, 8), rank=1, factors=pack_factors(fits, 1))
+        >>> [layer.maps.shape for layer in unpack_maps([whole], 1, 4).layers]
         [(1, 3, 4)]
     """
     whole = held[0]
-    num_contrasts, width = whole.contrasts.shape[0], whole.num_components
-    if whole.contrasts.shape[1] != num_classes or not 1 <= num_contrasts < max(num_classes, 2) or not np.isfinite(whole.contrasts).all():
-        raise DecodeError(
-            f"maps: contrasts of shape {whole.contrasts.shape} found, at most {num_classes - 1} of {num_classes} classes expected"
-        )
-    narrowest = min((input_size for input_size, _ in sizes), default=0)
-    if not 1 <= width <= narrowest:
-        raise DecodeError(f"maps: {width} components found, 1 to {narrowest} expected for {len(sizes)} adapted modules")
-    if whole.basis is None:
+    if whole.directions is None or whole.basis is None:
         raise DecodeError(f"maps: version {whole.version} without a basis found, whole maps expected; ask for them again")
-    bases = unpack_basis(whole.basis, [size for size, _ in sizes], width)
-    shapes = [(num_contrasts, 1 + 2 * width, output) for _, output in sizes]
-    totals = [np.zeros(shape, np.float32) for shape in shapes]
+    num_directions, num_components = whole.num_directions, whole.num_components
+    if num_layers < 1:
+        raise DecodeError(f"maps: version {whole.version} found, none expected: no adapted layer lies below the last one")
+    for name, found, most in (("directions", num_directions, MOST_DIRECTIONS), ("components", num_components, MOST_MAP_COMPONENTS)):
+        if not 1 <= found <= min(width, most):
+            raise DecodeError(f"maps: {found} {name} found, 1 to {min(width, most)} expected")
+    (directions,) = unpack_rows(whole.directions, [(num_directions, width)])
+    bases = unpack_rows(whole.basis, [(width, num_components)] * num_layers)
+    shape = (num_directions, 1 + 2 * num_components, width)
+    parts = [_factors(maps, num_layers, shape) for maps in held]
+    totals = [np.zeros(shape, np.float32) for _ in range(num_layers)]
     with np.errstate(over="ignore", invalid="ignore"):
-        for maps in held:
-            _add(totals, maps)
+        for of_message in parts:
+            for total, (left, right) in zip(totals, of_message, strict=True):
+                for along, component in zip(left, right, strict=True):
+                    total += (along[:, None] * component).reshape(shape)
     if any(not np.abs(total).max() <= LARGEST for total in totals):
         raise DecodeError(f"maps: version {held[-1].version} with an entry above {LARGEST:g} found")
-    return [ModuleMaps(basis=basis, maps=total) for basis, total in zip(bases, totals, strict=True)]
+    layers = tuple(LayerMaps(basis=basis, maps=total) for basis, total in zip(bases, totals, strict=True))
+    return DecodedMaps(version=held[-1].version, directions=directions, layers=layers)
 
 
 def joined(held: Sequence[Maps], arrived: Sequence[Maps]) -> tuple[Maps, ...]:
@@ -222,19 +242,10 @@ def missing(held: Sequence[Maps], version: int) -> tuple[Maps, ...]:
     return tuple(held[known.index(version) + 1 :] if version in known else held)
 
 
-def _add(totals: Sequence[Float32[np.ndarray, "_K _F _D"]], maps: Maps) -> None:
-    """Adds one message's part to the maps of every module, component by component."""
-    largest = min(total.shape[2] for total in totals)
-    if not 1 <= maps.rank <= largest:
-        raise DecodeError(f"maps: rank {maps.rank} found, 1 to {largest} expected")
-    shapes = [((maps.rank, total.shape[0] * total.shape[1]), (maps.rank, total.shape[2])) for total in totals]
-    parts = _split(maps.factors, list(chain.from_iterable(shapes)))
-    for total, left, right in zip(totals, parts[::2], parts[1::2], strict=True):
-        for along, component in zip(left, right, strict=True):
-            total += (along[:, None] * component).reshape(total.shape)
-
-
-def _split(packed: Packed, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes]).tolist()
-    values = unpack_vector(packed, ends[-1])
-    return [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]
+def _factors(maps: Maps, num_layers: int, shape: tuple[int, int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """One message's A and B for each layer, read before anything of the size of maps is allocated."""
+    num_directions, num_features, width = shape
+    if not 1 <= maps.rank <= width:
+        raise DecodeError(f"maps: rank {maps.rank} found, 1 to {width} expected")
+    matrices = unpack_rows(maps.factors, [(maps.rank, num_directions * num_features), (maps.rank, width)] * num_layers)
+    return list(zip(matrices[::2], matrices[1::2], strict=True))

@@ -1,49 +1,56 @@
-"""Fits the feedback maps on public text: exact Jacobians by back-propagation, running sums, one small linear system per module.
+"""Fits the feedback maps on public text: exact Jacobians by back-propagation, running sums, one small linear system per layer.
 
 No label is used. Three quarters of the texts are fitted on, one quarter chooses the ridge strength, and the last fit is on all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cooperllm.algorithm import feedback, noise
-from cooperllm.algorithm.feedback import Moments
-from cooperllm.algorithm.maps import Fitted, ModuleMaps, pack_basis, pack_factors, unpack_basis, unpack_maps
+from cooperllm.algorithm.feedback import Moments, Tokens
+from cooperllm.algorithm.maps import DecodedMaps, Fitted, LayerMaps, pack_factors, pack_rows, unpack_maps, unpack_rows
 from cooperllm.messages import Maps, Packed
 
 MAP_TEXTS = (1 << 61) + 3
 """Noise index that chooses the public texts of a fit."""
 
-MOST_CONTRASTS = 8
+DIRECTIONS, DIRECTION_BITS = 8, 8
 FIT_BATCH = 16
 DESCRIBED_BATCHES = 4
 HELD_OUT_EVERY = 4
 
 
 @runtime_checkable
-class WatchedModules(Protocol):
-    """Adapted modules that hand over their inputs and outputs; `cooperllm.adapted_modules.AdaptedModules` is one."""
+class WatchedLayers(Protocol):
+    """Adapted layers that hand over their outputs; `cooperllm.adapted_layers.AdaptedLayers` is one."""
 
     @property
-    def head(self) -> object:
-        """A head that is trained from zero, or None."""
+    def below(self) -> Sequence[object]:
+        """Adapted layers below the last one."""
         ...
 
     @property
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """(H, D) of each module."""
+    def width(self) -> int:
+        """Hidden size D."""
+        ...
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a head is trained from zero."""
         ...
 
     def blocks(self, most: int) -> tuple[tuple[int, int], ...]:
-        """Divides the adapted part of θ."""
+        """Divides their part of θ."""
         ...
 
-    def watched(self, visit: Callable[[int, torch.Tensor, torch.Tensor], None]) -> AbstractContextManager[None]:
-        """Within it, forward passes call `visit`."""
+    def watched(self, visit: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
+        """Within it, forward passes call `visit` for each of them, and then for the last layer."""
         ...
 
 
@@ -52,26 +59,49 @@ class WatchedModel(Protocol):
     """What the fit needs of a model; `cooperllm.models.Model` is one."""
 
     @property
-    def adapted(self) -> WatchedModules:
-        """Its adapted modules."""
+    def adapted(self) -> WatchedLayers:
+        """Its adapted layers."""
         ...
 
     def batch(self, examples: Any, indices: Sequence[int]) -> Any:
         """Pads chosen examples."""
         ...
 
-    def scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+    def scores(self, theta: Tensor, batch: Any) -> Tensor:
         """Returns class scores [B, C]."""
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """A batch of public texts after a forward pass that can be differentiated.
+
+    Attributes:
+        tokens: Which token belongs to which example.
+        is_token: What is no padding, shape [B, T].
+        outputs: Of the mapped layers and of the last one, each [B, T, D].
+        probabilities: Softmax of the scores, shape [B, C].
+        jacobian: Derivative of each score at each token's last hidden state, shape [C, N, D].
+    """
+
+    tokens: Tokens
+    is_token: Tensor
+    outputs: tuple[Tensor, ...]
+    probabilities: np.ndarray
+    jacobian: np.ndarray
+
+    def values(self, layer: int) -> np.ndarray:
+        """The output of one layer at every token, shape [N, D]."""
+        return self.outputs[layer].detach()[self.is_token].float().numpy()
+
+
 class MapFitter:
-    """Fits maps for every adapted module.
+    """Fits maps for every adapted layer below the last one.
 
     Attributes:
         blocks: Ranges of θ whose estimates are measured apart.
-        has_texts: Whether there is anything to fit on.
-        first_version: Updates before which every Jacobian is zero: one, where a head starts at zero.
+        has_texts: Whether there is anything to fit, and anything to fit it on.
+        first_version: Updates before which every gradient is zero: one, where a head starts at zero.
     """
 
     def __init__(
@@ -81,11 +111,13 @@ class MapFitter:
         self._public = public
         self._num_examples = num_examples
         self._num_components = num_components
-        self._rank = min([rank, *(size for _, size in model.adapted.sizes)])
+        self._width = model.adapted.width
+        self._num_layers = len(model.adapted.below)
+        self._rank = min(rank, self._width)
         self._bits = bits
         self.blocks = model.adapted.blocks(most_blocks)
-        self.has_texts = len(public) > 0
-        self.first_version = 0 if model.adapted.head is None else 1
+        self.has_texts = len(public) > 0 and self._num_layers > 0
+        self.first_version = 1 if model.adapted.has_head else 0
 
     def fit(self, theta: np.ndarray, seed: int, version: int, held: Sequence[Maps] = ()) -> Maps | None:
         """Fits the maps at θ, or what has changed in them.
@@ -97,103 +129,96 @@ class MapFitter:
             held: Maps in use, as everybody decodes them, for a difference to them; nothing for whole maps.
 
         Returns:
-            Packed maps; None where the model's scores are not finite, so that there is nothing to learn.
+            Packed maps; None where scores are not finite or move with no layer's output, so that there is nothing to learn.
         """
         point = torch.from_numpy(theta.copy())
         chosen = noise.permutation(seed, MAP_TEXTS, len(self._public))[: self._num_examples].tolist()
         starts = range(0, len(chosen), FIT_BATCH)
         batches = [self._model.batch(self._public, chosen[start : start + FIT_BATCH]) for start in starts]
-        found = self._describe(point, batches)
-        if found is None:
-            return None
-        contrasts, decoded, basis = self._frame(*found, held)
-        bases = [module.basis for module in decoded]
-        kept, held_out = (
-            [
-                Moments.zero(1 + 2 * basis.shape[1], len(contrasts), output_size)
-                for basis, (_, output_size) in zip(bases, self._model.adapted.sizes, strict=True)
-            ]
-            for _ in range(2)
-        )
+        if held:
+            frame, directions, basis = unpack_maps(held, self._num_layers, self._width), None, None
+        else:
+            found = self._frame([self._seen(point, batch) for batch in batches[:DESCRIBED_BATCHES]])
+            if found is None:
+                return None
+            frame, directions, basis = found
+        num_directions, num_features, _ = frame.layers[0].maps.shape
+        kept, held_out = ([Moments.zero(num_features, num_directions, self._width) for _ in frame.layers] for _ in range(2))
         for position, batch in enumerate(batches):
             sums = held_out if position % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else kept
-            for module, (described, targets) in enumerate(self._examples(point, batch, contrasts, bases)):
-                sums[module].add(described, targets)
+            for layer, (described, targets) in enumerate(_examples(self._seen(point, batch), frame)):
+                sums[layer].add(described, targets)
+        if not all(np.isfinite(part).all() for one in (*kept, *held_out) for part in (one.xx, one.xy)):
+            return None
         judges = held_out if len(batches) >= HELD_OUT_EVERY else kept
         fits = [
-            Fitted(maps=feedback.fit(one.beyond(module.maps), other.beyond(module.maps))[0], xx=one.plus(other).xx)
-            for one, other, module in zip(kept, judges, decoded, strict=True)
+            Fitted(maps=feedback.fit(one.beyond(layer.maps), other.beyond(layer.maps))[0], xx=one.plus(other).xx)
+            for one, other, layer in zip(kept, judges, frame.layers, strict=True)
         ]
         return Maps(
             version=version,
             base_version=held[-1].version if held else -1,
-            contrasts=contrasts[:0] if held else contrasts,
-            num_components=0 if held else bases[0].shape[1],
+            num_directions=0 if held else num_directions,
+            directions=directions,
+            num_components=0 if held else num_features // 2,
             basis=basis,
             rank=self._rank,
             factors=pack_factors(fits, self._rank),
         )
 
-    def _frame(
-        self, contrasts: np.ndarray, bases: Sequence[np.ndarray], held: Sequence[Maps]
-    ) -> tuple[np.ndarray, list[ModuleMaps], Packed | None]:
-        """What a fit starts from, as receivers decode it: the maps in use, or a new basis and maps of zero."""
-        sizes = self._model.adapted.sizes
-        if held:
-            return held[0].contrasts, unpack_maps(held, sizes, contrasts.shape[1]), None
-        packed, width = pack_basis(bases, self._bits), bases[0].shape[1]
-        decoded = unpack_basis(packed, [size for size, _ in sizes], width)
-        shapes = [(len(contrasts), 1 + 2 * width, size) for _, size in sizes]
-        modules = [ModuleMaps(basis=basis, maps=np.zeros(shape, np.float32)) for basis, shape in zip(decoded, shapes, strict=True)]
-        return contrasts, modules, packed
-
-    def _examples(
-        self, point: torch.Tensor, batch: Any, contrasts: np.ndarray, bases: Sequence[np.ndarray]
-    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        """Features and targets of each module's tokens: T times the Jacobian of each contrast."""
-        is_token = batch.mask.numpy() > 0
-        tokens = feedback.tokens(batch.mask.numpy())
-        lengths = tokens.lengths[tokens.owner][:, None].astype(np.float32)
-        inputs, jacobians = self._jacobians(point, batch, contrasts)
-        for module, basis in enumerate(bases):
-            described = feedback.features(inputs[module][is_token], tokens, basis)
-            yield described, [lengths * of_contrast[module][is_token] for of_contrast in jacobians]
-
-    def _describe(self, point: torch.Tensor, batches: Sequence[Any]) -> tuple[np.ndarray, list[np.ndarray]] | None:
-        """Contrasts from public scores, and a basis for each module's input, from the first batches; None where one is not finite."""
-        scores: list[np.ndarray] = []
-        inputs: list[list[np.ndarray]] = [[] for _ in self._model.adapted.sizes]
-        for batch in batches[:DESCRIBED_BATCHES]:
-            is_token = batch.mask > 0
-
-            def visit(module: int, given: torch.Tensor, _output: torch.Tensor, is_token: torch.Tensor = is_token) -> None:
-                inputs[module].append(given[is_token].float().numpy())
-
-            with torch.no_grad(), self._model.adapted.watched(visit):
-                scores.append(self._model.scores(point, batch).float().numpy())
-        stacked = [np.concatenate(parts) for parts in inputs]
-        if not all(np.isfinite(values).all() for values in (*scores, *stacked)):
+    def _frame(self, described: Sequence[_Seen]) -> tuple[DecodedMaps, Packed, Packed] | None:
+        """Directions and bases from the first batches, as receivers decode them, with maps of zero; None where nothing can be learnt."""
+        values = [np.concatenate([seen.values(layer) for seen in described]) for layer in range(self._num_layers)]
+        moments = sum(feedback.gradient_moments(_by_text(seen), seen.probabilities) for seen in described)
+        if not (np.isfinite(moments).all() and all(np.isfinite(part).all() for part in values)):
             return None
-        count = min(self._num_components, *(min(part.shape) for part in stacked))
-        return feedback.contrasts(np.concatenate(scores), MOST_CONTRASTS), [feedback.principal_components(part, count) for part in stacked]
+        chosen = feedback.main_directions(np.asarray(moments), DIRECTIONS)
+        if not len(chosen):
+            return None
+        count = min(self._num_components, *(min(part.shape) for part in values))
+        directions = pack_rows([chosen], DIRECTION_BITS)
+        basis = pack_rows([feedback.principal_components(part, count) for part in values], self._bits)
+        (decoded,) = unpack_rows(directions, [chosen.shape])
+        nothing = np.zeros((len(chosen), 1 + 2 * count, self._width), np.float32)
+        layers = tuple(LayerMaps(basis=one, maps=nothing) for one in unpack_rows(basis, [(self._width, count)] * self._num_layers))
+        return DecodedMaps(version=-1, directions=decoded, layers=layers), directions, basis
 
-    def _jacobians(self, point: torch.Tensor, batch: Any, contrasts: np.ndarray) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-        """Inputs of each module, and the derivative of each contrast at each module's output."""
-        inputs: dict[int, torch.Tensor] = {}
-        outputs: dict[int, torch.Tensor] = {}
+    def _seen(self, point: Tensor, batch: Any) -> _Seen:
+        outputs: dict[int, Tensor] = {}
 
-        def visit(module: int, given: torch.Tensor, output: torch.Tensor) -> None:
-            if not output.requires_grad:
-                output.requires_grad_()
-            inputs[module], outputs[module] = given, output
+        def visit(layer: int, output: Tensor) -> None:
+            outputs[layer] = output if output.requires_grad else output.requires_grad_()
 
         with torch.enable_grad(), self._model.adapted.watched(visit):
             scores = self._model.scores(point, batch).float()
-            along = scores @ torch.from_numpy(contrasts).T
-            ordered = [outputs[module] for module in sorted(outputs)]
-            gradients = [
-                torch.autograd.grad(along[:, contrast].sum(), ordered, retain_graph=contrast + 1 < len(contrasts))
-                for contrast in range(len(contrasts))
-            ]
-        found = [inputs[module].float().numpy() for module in sorted(inputs)]
-        return found, [[part.float().numpy() for part in parts] for parts in gradients]
+        ordered, is_token = tuple(outputs[layer] for layer in sorted(outputs)), batch.mask > 0
+        columns = range(scores.shape[1])
+        found = [torch.autograd.grad(scores[:, column].sum(), ordered[-1], retain_graph=True)[0] for column in columns]
+        return _Seen(
+            tokens=feedback.tokens(batch.mask.numpy()),
+            is_token=is_token,
+            outputs=ordered,
+            probabilities=scores.detach().softmax(1).numpy(),
+            jacobian=np.stack([part[is_token].float().numpy() for part in found]),
+        )
+
+
+def _by_text(seen: _Seen) -> np.ndarray:
+    """The Jacobian summed over each text's tokens, shape [B, C, D]."""
+    return np.stack([feedback.sums_of_texts(part, seen.tokens) for part in seen.jacobian], axis=1)
+
+
+def _examples(seen: _Seen, frame: DecodedMaps) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Features and targets of each mapped layer's tokens, `algorithm.feedback`, eq. (5)."""
+    tokens, top = seen.tokens, seen.outputs[-1]
+    shares = feedback.token_shares(seen.jacobian, tokens)[:, None]
+    lengths = tokens.lengths[tokens.owner][:, None].astype(np.float32)
+    targets: list[list[np.ndarray]] = [[] for _ in frame.layers]
+    for direction in frame.directions:
+        along = torch.zeros_like(top)
+        along[seen.is_token] = torch.from_numpy(shares * direction).to(top.dtype)
+        gradients = torch.autograd.grad(top, seen.outputs[:-1], along, retain_graph=True)
+        for of_layer, gradient in zip(targets, gradients, strict=True):
+            of_layer.append(lengths * (gradient[seen.is_token].float().numpy() - shares * direction))
+    for layer, (maps, found) in enumerate(zip(frame.layers, targets, strict=True)):
+        yield feedback.features(seen.values(layer), tokens, maps.basis), found

@@ -92,7 +92,7 @@ class Cloud:
         self._factor = 1.0
         self._is_back = False
         self._good = Good(theta=replica.theta, loss=math.inf)
-        self._arm_config = replace(config.arm, feedback_blocks=max(1, len(map_fitter.blocks)))
+        self._arm_config = replace(config.arm, feedback_blocks=len(map_fitter.blocks))
 
     def plan(self) -> Prepared:
         """Back-propagates on public data and says what the devices are to measure.

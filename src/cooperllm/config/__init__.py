@@ -1,6 +1,14 @@
 """A run's settings: frozen values, checked once, at construction, before anything runs."""
 
-from cooperllm.config.arm import SUPPORTED_BITS, ArmConfig, ArmName, Rectification
+from cooperllm.config.arm import (
+    MOST_MAP_COMPONENTS,
+    SUPPORTED_BITS,
+    ArmConfig,
+    ArmName,
+    Rectification,
+    passes_of_estimates,
+    queries_of_estimates,
+)
 from cooperllm.config.run import EngineName, OptimizerConfig, OptimizerKind, RunConfig, RuntimeName, Variant, from_plain, to_plain
 from cooperllm.config.task import (
     NO_TEXT,
@@ -15,6 +23,7 @@ from cooperllm.config.task import (
 )
 
 __all__ = [
+    "MOST_MAP_COMPONENTS",
     "NO_TEXT",
     "SUPPORTED_BITS",
     "UNLABELLED",
@@ -35,5 +44,7 @@ __all__ = [
     "SourceConfig",
     "Variant",
     "from_plain",
+    "passes_of_estimates",
+    "queries_of_estimates",
     "to_plain",
 ]

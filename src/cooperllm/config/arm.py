@@ -9,6 +9,9 @@ from cooperllm.config.check import check
 SUPPORTED_BITS = (4, 8, 32)
 """Bits per entry that vectors can be packed with; 32 is exact."""
 
+MOST_MAP_COMPONENTS = 128
+"""Principal components of a layer's output that maps may depend on, at most."""
+
 
 class ArmName(Enum):
     """The methods that share this frame."""
@@ -48,11 +51,12 @@ class ArmConfig:
         basis_size: Measured arm: public examples whose gradients random probes are mixed from, 0 to 1000; 0 leaves them isotropic.
         effective_rank: Measured arm: rank r that shrinks P isotropic probes by P/(P+r), >= 0.
         public_weight: Measured arm: weight λ of the cloud's own gradient along the columns, in [0, 1]; 0 where public data lack a class.
-        feedback_blocks: Feedback arm: blocks of layers whose estimate is measured, one query each, >= 1; fewer where the model has fewer.
+        feedback_blocks: Feedback arm: blocks of layers below the last one whose estimate is measured, one query each, >= 0; fewer where
+            the model has fewer.
         estimate_bits: Feedback arm: bits per entry of an estimate on the link: 4, 8 or 32.
         map_examples: Feedback arm: public texts that maps are fitted on, >= 8.
-        map_components: Feedback arm: principal components of a layer's input that maps may depend on, >= 1.
-        map_rank: Feedback arm: rank of what one refresh says of a module, >= 1.
+        map_components: Feedback arm: principal components of a layer's output that maps may depend on, 1 to 128.
+        map_rank: Feedback arm: rank of what one refresh says of a layer, >= 1.
         map_refresh: Feedback arm: rounds between two fits in the long run, >= 1.
         blend: Paper's arm: share α of the isotropic part, in (0, 1].
         blend_scale: Paper's arm: length β, > 0.
@@ -107,7 +111,6 @@ class ArmConfig:
             "public_batch_size",
             "pool_size",
             "local_steps",
-            "feedback_blocks",
             "map_components",
             "map_rank",
             "map_refresh",
@@ -116,13 +119,15 @@ class ArmConfig:
             check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
         for name in ("guide_bits", "estimate_bits"):
             check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), "4, 8 or 32")
+        check(self.feedback_blocks >= 0, "arm.feedback_blocks", self.feedback_blocks, ">= 0")
+        check(self.map_components <= MOST_MAP_COMPONENTS, "arm.map_components", self.map_components, f"<= {MOST_MAP_COMPONENTS}")
         check(self.map_examples >= 8, "arm.map_examples", self.map_examples, ">= 8")
-        needs = self.local_steps + self.feedback_blocks
+        needs = queries_of_estimates(self.local_steps) + self.feedback_blocks
         check(
             self.name is not ArmName.FEEDBACK or self.queries >= needs,
             "arm.queries",
             self.queries,
-            f">= {needs}: one for the estimate of each local step and one per block (arm.local_steps, arm.feedback_blocks)",
+            f">= {needs}: five for every four estimates and one per block (arm.local_steps, arm.feedback_blocks)",
         )
         check(self.seed_pool_size <= 1 << 32, "arm.seed_pool_size", self.seed_pool_size, "<= 2**32")
         check(self.most_held_rounds >= 0, "arm.most_held_rounds", self.most_held_rounds, ">= 0")
@@ -130,3 +135,38 @@ class ArmConfig:
         check(0 <= self.basis_size <= 1000, "arm.basis_size", self.basis_size, "0 to 1000")
         check(0 <= self.public_weight <= 1, "arm.public_weight", self.public_weight, "in [0, 1]")
         check(0 < self.blend <= 1, "arm.blend", self.blend, "in (0, 1]")
+
+
+def passes_of_estimates(num_steps: int) -> int:
+    """Says how many forward passes feedback estimates count for: two and a half each, rounded up.
+
+    One pass goes through to the loss, a second ends below the last layer, and back-propagation inside the layers, whose weights are frozen,
+    costs about one more. With one, two and six adapted layers PyTorch took 1.9, 2.4 and 2.9 forward passes' time: docs/log.md.
+
+    Args:
+        num_steps: Estimates, >= 0.
+
+    Returns:
+        Forward passes of one batch.
+
+    Example:
+        >>> [passes_of_estimates(count) for count in (1, 2, 3)]
+        [3, 5, 8]
+    """
+    return (5 * num_steps + 1) // 2
+
+
+def queries_of_estimates(num_steps: int) -> int:
+    """Says how many two-point queries that is, rounded up.
+
+    Args:
+        num_steps: Estimates, >= 0.
+
+    Returns:
+        Queries.
+
+    Example:
+        >>> [queries_of_estimates(count) for count in (1, 2, 3)]
+        [2, 3, 4]
+    """
+    return (passes_of_estimates(num_steps) + 1) // 2

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from cooperllm.algorithm import replay
-from cooperllm.algorithm.maps import joined
+from cooperllm.algorithm.maps import DecodedMaps, joined, unpack_maps
 from cooperllm.algorithm.replay import Replica
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.probe import catch_up, run_device
@@ -17,7 +17,7 @@ class Host:
 
     An order carries what its device has missed, and those bytes are counted; the work of replaying them is done once for all devices of
     the process, since an update leads them all to the same bits. A process that has just started reads what its devices already knew
-    from `history`, which stands for the disk of a real device. Feedback maps are kept once, too.
+    from `history`, which stands for the disk of a real device. Feedback maps are kept once, too, and decoded when they change.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Host:
         self._optimizer = optimizer
         self._history = history
         self._maps: tuple[Maps, ...] = ()
+        self._decoded: DecodedMaps | None = None
 
     def answer(self, data: bytes) -> bytes:
         """Decodes an order, brings the replica to its version, works, and encodes the report."""
@@ -38,6 +39,9 @@ class Host:
                 self._replica = replay.apply(self._replica, update, self._optimizer)
         self._replica = catch_up(self._replica, order, self._optimizer)
         runtime = self._runtimes[order.device_id]
-        self._maps = joined(self._maps, order.plan.maps)
+        if order.plan.maps:
+            maps = joined(self._maps, order.plan.maps)
+            self._decoded = unpack_maps(maps, *runtime.map_shape)
+            self._maps = maps
         trainer = runtime if isinstance(runtime, Trainer) else None  # one without PyTorch cannot back-propagate
-        return encode(run_device(order, self._replica, runtime, trainer, self._maps))
+        return encode(run_device(order, self._replica, runtime, trainer, self._decoded))

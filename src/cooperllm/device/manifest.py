@@ -8,7 +8,7 @@ A package is a directory:
     theta_0.bin      θ_0 of the package's seed, little-endian float32 [n]
     tokenizer.json   the tokeniser, as the library `tokenizers` reads it
 
-Dimension key: n trainable parameters, C classes, P points, H and D size of a module's input and output.
+Dimension key: n trainable parameters, C classes, P points.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from msgspec import Meta
 from cooperllm.config import Objective, Variant
 from cooperllm.widths import Widths
 
-PACKAGE_VERSION = 1
+PACKAGE_VERSION = 2
 """Raised whenever the meaning of a file in a package changes."""
 
 MANIFEST, WEIGHTS, THETA, TOKENIZER = "manifest.json", "weights.bin", "theta_0.bin", "tokenizer.json"
@@ -31,7 +31,6 @@ Count = Annotated[int, Meta(ge=0, le=1 << 32)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 32)]
 NumClasses = Annotated[int, Meta(ge=2, le=1 << 20)]
 NumTokens = Annotated[int, Meta(ge=2, le=1 << 24)]
-Span = tuple[Count, Count]
 Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
 FileName = Annotated[str, Meta(pattern=r"^[a-z0-9_]+\.[a-z]+$", max_length=64)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
@@ -51,35 +50,18 @@ class FileEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModuleEntry:
-    """An adapted module.
+class LayerEntry:
+    """An adapted layer below the last one.
 
     Attributes:
-        input_size: H.
-        output_size: D.
         start: First position of its parameters in θ.
         stop: Position after the last.
-        seen: Place of its input among the tensors that the graph `observe` hands out.
+        seen: Place of its output among the tensors that the graph `observe` hands out.
     """
 
-    input_size: Positive
-    output_size: Positive
     start: Count
     stop: Count
     seen: Count
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadEntry:
-    """A trained linear head.
-
-    Attributes:
-        weight: Range of its weight [C, H] in θ.
-        bias: Range of its bias [C] in θ.
-    """
-
-    weight: Span
-    bias: Span
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,8 +104,7 @@ class Manifest:
         prompt: For label words: what a text is put into.
         pad_id: Token that fills up short rows.
         widths: Sizes of activations.
-        modules: Adapted modules in the order of θ; none where a package has no feedback pass.
-        head: The trained head, or None.
+        layers: Adapted layers below the last one, in the order of θ; together they are its beginning.
         graphs: Graphs of the package.
         files: Every file but the manifest.
         golden: Losses to compare with.
@@ -141,16 +122,15 @@ class Manifest:
     prompt: str
     pad_id: Count
     widths: Widths
-    modules: tuple[ModuleEntry, ...]
-    head: HeadEntry | None
+    layers: tuple[LayerEntry, ...]
     graphs: tuple[str, ...]
     files: dict[FileName, FileEntry]
     golden: Golden
 
     @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(H, D) of each adapted module."""
-        return tuple((module.input_size, module.output_size) for module in self.modules)
+    def exact_start(self) -> int:
+        """From this position of θ on `observe` gives exact gradients."""
+        return self.layers[-1].stop if self.layers else 0
 
     def complaint(self) -> str | None:
         """Says which of its numbers contradict each other.
@@ -159,14 +139,19 @@ class Manifest:
             A part of a sentence, or None where they agree.
         """
         n, golden = self.num_parameters, self.golden
-        spans = [(module.start, module.stop) for module in self.modules] + ([self.head.weight, self.head.bias] if self.head else [])
+        spans = [(layer.start, layer.stop) for layer in self.layers]
         wanted = {f"{name}.onnx" for name in self.graphs} | {WEIGHTS, THETA, TOKENIZER}
         if not {LOSSES} <= set(self.graphs) <= {LOSSES, PREFIX, OBSERVE, PULL_BACK}:
             return f"graphs {list(self.graphs)} found, '{LOSSES}' and some of '{PREFIX}', '{OBSERVE}', '{PULL_BACK}' expected"
         if set(self.files) != wanted:
             return f"files {sorted(self.files)} found, {sorted(wanted)} expected"
-        if any(not start < stop <= n for start, stop in spans):
-            return f"ranges {spans} found, ranges of {n} parameters expected"
+        starts = [0, *(stop for _, stop in spans)]
+        if any(start != expected or not start < stop <= n for (start, stop), expected in zip(spans, starts, strict=False)):
+            return f"ranges {spans} found, neighbouring ranges from 0 on of {n} parameters expected"
+        if bool(self.layers) != (PULL_BACK in self.graphs):
+            return (
+                f"{len(self.layers)} layers below the last one and graphs {list(self.graphs)} found, '{PULL_BACK}' for such layers expected"
+            )
         if self.files[THETA].size != 4 * n:
             return f"{THETA} of {self.files[THETA].size} bytes found, {4 * n} expected"
         if len(self.label_names) != self.num_classes:

@@ -3,10 +3,10 @@
 A batch goes through in small passes of whole examples, each padded to its own longest: memory is that of one layer of one such pass, the
 result is the same. θ is an input of every graph; the weights stay as they are in the file.
 
-The feedback pass runs `observe` once, which ends with the scores and hands out what each adapted module was given, and `pull_back` once,
-which holds the vector-Jacobian products of these modules, `packaging.graphs`. Between the two, deltas come from the maps in NumPy. It costs
-one forward pass and one run of the adapted modules with about twice their own work. What lives from the first to the second beyond a
-layer's activations is the modules' inputs and their deltas, 8 bytes for each of B · T · H values and each module, and the masks.
+The feedback pass runs `observe` once, which ends with the losses, their gradient from the last layer on, and what the layers below were
+given and gave, and `pull_back` once, which holds the vector-Jacobian products of these layers, `packaging.graphs`. Between the two, deltas
+come from the maps in NumPy. What lives from the first to the second beyond a layer's activations is what the layers were given, what they
+gave and their deltas, about 12 bytes for each of B · T · H values and each layer, and the masks.
 
 Dimension key: P points, B examples, T tokens, H hidden size, C classes, n trainable parameters.
 """
@@ -19,12 +19,11 @@ from jaxtyping import Float32, Int64
 
 from cooperllm.algorithm import feedback, noise
 from cooperllm.algorithm.label_adjustment import label_adjustment
-from cooperllm.algorithm.maps import ModuleMaps, unpack_maps
+from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.zeroth_order import Evaluate
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, Golden
 from cooperllm.device.package import DeviceExamples, Package, read_package
 from cooperllm.errors import ConfigError, PackageError
-from cooperllm.messages import Maps
 
 ROWS_PER_PASS = 512
 """Tokens times points of one pass: enough to keep arithmetic units busy, few enough for a processor's caches. One point with more examples
@@ -73,53 +72,49 @@ class OnnxForward:
 
         return losses, points_per_pass
 
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """(layers that feedback maps are for, their width D)."""
+        return len(self._package.manifest.layers), self._package.manifest.widths.hidden
+
     def estimate(
-        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Sequence[Maps]
+        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: DecodedMaps | None
     ) -> tuple[Float32[np.ndarray, "n"], float]:
-        """Runs forward once for the output error, and the adapted modules once more for their parts of the gradient."""
+        """Runs forward once, the last layer backward, and the adapted layers below once more for their parts of the gradient."""
         manifest, point = self._package.manifest, np.ascontiguousarray(theta)
         self._check(point[None])
         if OBSERVE not in manifest.graphs:
             raise ConfigError(
                 f"{self._package.path}: found a package without a feedback pass, expected one; choose another arm than feedback"
             )
-        decoded = unpack_maps(maps, manifest.sizes, manifest.num_classes) if maps else ()
         indices = [self.shard[position] for position in chosen]
-        result, total = np.zeros_like(point), 0.0
+        total, loss = np.zeros_like(point), 0.0
         for batch in self._passes(indices, 1):
-            labels, seen = batch["labels"], self._package.run(OBSERVE, batch | {"theta": point})
-            logarithms = _log_softmax(seen["scores"] + self._shift)
-            total -= float(logarithms[np.arange(len(labels)), labels].sum(dtype=np.float64))
-            error = feedback.output_error(np.exp(logarithms), labels) * np.float32(len(labels) / len(indices))
-            if manifest.head is not None:
-                result[slice(*manifest.head.weight)] += (error.T @ seen["pooled"]).reshape(-1)
-                result[slice(*manifest.head.bias)] += error.sum(0)
-            if decoded:
-                self._pull_back(result, point, batch["mask"], seen, decoded, error @ maps[0].contrasts.T)
-        return result, total / len(indices)
+            seen = self._package.run(OBSERVE, batch | {"shift": self._shift, "theta": point})
+            loss += float(seen.pop("losses").sum(dtype=np.float64))
+            total[manifest.exact_start :] += seen.pop("exact")
+            at_top = seen.pop("at_top")
+            if manifest.layers:
+                total[: manifest.exact_start] += self._pulled_back(point, batch["mask"], at_top, seen, maps)
+        return total / np.float32(len(indices)), loss / len(indices)
 
-    def _pull_back(
+    def _pulled_back(
         self,
-        result: Float32[np.ndarray, "n"],
         point: Float32[np.ndarray, "n"],
         mask: Int64[np.ndarray, "B T"],
+        at_top: Float32[np.ndarray, "B T D"],
         seen: Mapping[str, np.ndarray],
-        decoded: Sequence[ModuleMaps],
-        along: Float32[np.ndarray, "B K"],
-    ) -> None:
-        """Adds the modules' parts, `algorithm.feedback`, eq. (2)-(3) and (5); padding has no delta."""
-        modules, is_token, tokens = self._package.manifest.modules, mask > 0, feedback.tokens(mask)
+        maps: DecodedMaps | None,
+    ) -> Float32[np.ndarray, "m"]:
+        """The parts of the layers below the last one, `algorithm.feedback`, eq. (3)-(4) and (6)."""
+        is_token, tokens = mask > 0, feedback.tokens(mask)
         given: dict[str, np.ndarray] = {"theta": point, **seen}
-        for number, (module, guide) in enumerate(zip(modules, decoded, strict=True)):
-            delta = np.zeros((*mask.shape, module.output_size), np.float32)
-            described = feedback.features(seen[f"seen_{module.seen}"][is_token], tokens, guide.basis)
-            delta[is_token] = feedback.deltas(described, tokens, guide.maps, along)
-            given[f"delta_{number}"] = delta
-        parts, begin = self._package.run(PULL_BACK, given)["gradient"], 0
-        for module in modules:
-            end = begin + module.stop - module.start
-            result[module.start : module.stop] += parts[begin:end]
-            begin = end
+        for number, layer in enumerate(self._package.manifest.layers):
+            delta = given[f"delta_{number}"] = at_top.copy()
+            if maps is not None:
+                described = feedback.features(seen[f"seen_{layer.seen}"][is_token], tokens, maps.layers[number].basis)
+                delta[is_token] = feedback.deltas(at_top[is_token], described, tokens, maps.directions, maps.layers[number].maps)
+        return self._package.run(PULL_BACK, given)["gradient"]
 
     def _passes(self, indices: Sequence[int], num_points: int) -> Iterator[dict[str, np.ndarray]]:
         """Cuts a batch into passes, in order, each padded to its own longest example."""
@@ -209,9 +204,3 @@ def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
     return padded
-
-
-def _log_softmax(scores: Float32[np.ndarray, "B C"]) -> Float32[np.ndarray, "B C"]:
-    with np.errstate(invalid="ignore"):  # inf - inf: the loss says so
-        shifted = scores - scores.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -13,9 +13,10 @@ from jaxtyping import Float32
 from cooperllm.algorithm import feedback, guidance, noise, replay, zeroth_order
 from cooperllm.algorithm.compression import EXACT, pack_unbiased
 from cooperllm.algorithm.guidance import random_directions
+from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.replay import Replica
 from cooperllm.algorithm.zeroth_order import Evaluate
-from cooperllm.config import OptimizerConfig
+from cooperllm.config import OptimizerConfig, passes_of_estimates
 from cooperllm.device.runtime import Runtime, Trainer
 from cooperllm.errors import ProtocolError, ReplayMismatchError
 from cooperllm.messages import (
@@ -24,7 +25,6 @@ from cooperllm.messages import (
     DeviceReport,
     Feedback,
     LocalTraining,
-    Maps,
     Order,
     Outcome,
     Plan,
@@ -35,7 +35,7 @@ BATCH_STREAM = 1 << 62
 """Noise indices from here on choose batches, so that no random direction shares a key with them."""
 
 
-def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Trainer | None, maps: Sequence[Maps]) -> DeviceReport:
+def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Trainer | None, maps: DecodedMaps | None) -> DeviceReport:
     """Answers a plan with measurements on private data.
 
     Args:
@@ -43,7 +43,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         replica: State at the plan's version; not modified.
         runtime: Forward passes over the private examples.
         trainer: Back-propagation, or None on a device that has none.
-        maps: Feedback maps that the device holds, whole ones and the differences since, or nothing.
+        maps: Feedback maps that the device holds, or None.
 
     Returns:
         The report; a non-finite loss is an outcome, not an exception.
@@ -67,11 +67,11 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
     if plan.feedback is not None:
         estimate, first, num_examples, loss = _estimate(order, plan.feedback, replica, runtime, _known_maps(plan, plan.feedback, maps))
         agreement, energy = _rectify(first, plan.feedback, replica, runtime.evaluate(chosen))
-        forward_passes += 2 * plan.feedback.num_steps + 2 * len(agreement)
+        forward_passes += passes_of_estimates(plan.feedback.num_steps) + 2 * len(agreement)
         bits, losses = plan.feedback.bits, [loss]
     if plan.local_training is not None and trainer is not None:
         estimate, num_examples, loss = _train(order, plan.local_training, replica, runtime, trainer)
-        forward_passes += (3 + plan.local_training.checkpoints_activations) * plan.local_training.num_steps
+        forward_passes += (1 + trainer.backward_passes + plan.local_training.checkpoints_activations) * plan.local_training.num_steps
         losses = [loss]
     mean_loss = sum(losses) / len(losses) if losses else 0.0
     numbers = (column_slopes, random_slopes, agreement, energy, nothing if estimate is None else estimate)
@@ -148,12 +148,12 @@ def _checked_guide(plan: Plan, replica: Replica) -> tuple[Float32[np.ndarray, "k
     return columns, basis
 
 
-def _known_maps(plan: Plan, asked: Feedback, maps: Sequence[Maps]) -> Sequence[Maps]:
+def _known_maps(plan: Plan, asked: Feedback, maps: DecodedMaps | None) -> DecodedMaps | None:
     """The maps that the plan means; none before the first fit."""
     if asked.maps_version == -1:
-        return ()
-    if not maps or maps[-1].version != asked.maps_version:
-        found = f"version {maps[-1].version}" if maps else "none"
+        return None
+    if maps is None or maps.version != asked.maps_version:
+        found = "none" if maps is None else f"version {maps.version}"
         raise ProtocolError(f"round {plan.round_index}: feedback maps of version {asked.maps_version} expected, {found} found")
     return maps
 
@@ -171,7 +171,7 @@ def _batch(runtime: Runtime, chosen: list[int], losses: list[float]) -> tuple[Ev
 
 
 def _estimate(
-    order: Order, asked: Feedback, replica: Replica, runtime: Runtime, maps: Sequence[Maps]
+    order: Order, asked: Feedback, replica: Replica, runtime: Runtime, maps: DecodedMaps | None
 ) -> tuple[Float32[np.ndarray, "n"], Float32[np.ndarray, "n"], int, float]:
     """Walks along estimates, `algorithm.feedback_arm`, eq. (1): their mean, the first one, the examples behind it, the loss at θ."""
     batches = _batches(order, runtime, asked.num_steps)
@@ -188,7 +188,7 @@ def _estimate(
 def _rectify(
     estimate: Float32[np.ndarray, "n"], asked: Feedback, replica: Replica, batch: tuple[Evaluate, int]
 ) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b"]]:
-    """Measures <g, ê_b> along each block of an estimate, `algorithm.feedback`, eq. (6)."""
+    """Measures <g, ê_b> along each block of an estimate, `algorithm.feedback`, eq. (7)."""
     if any(stop > len(estimate) for _, stop in asked.blocks):
         raise ProtocolError(f"feedback: blocks {asked.blocks} found, ranges of {len(estimate)} parameters expected")
     lengths = np.array([np.sqrt(guidance.dot(estimate[a:b], estimate[a:b])) for a, b in asked.blocks], np.float32)

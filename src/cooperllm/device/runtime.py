@@ -6,8 +6,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.zeroth_order import Evaluate
-from cooperllm.messages import Maps
 
 
 @runtime_checkable
@@ -17,6 +17,11 @@ class Runtime(Protocol):
     @property
     def num_examples(self) -> int:
         """Private examples at hand."""
+        ...
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """(layers that feedback maps are for, their width D)."""
         ...
 
     def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:
@@ -31,20 +36,17 @@ class Runtime(Protocol):
         ...
 
     def estimate(
-        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Sequence[Maps]
+        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: DecodedMaps | None
     ) -> tuple[Float32[np.ndarray, "n"], float]:
         """Estimates the gradient of a batch's loss with two forward passes, `algorithm.feedback`.
 
         Args:
             theta: θ, not modified.
             chosen: Positions of private examples.
-            maps: The cloud's maps, whole ones and the differences since, or nothing for the head's exact gradient alone.
+            maps: The cloud's maps, of this `map_shape`; without them layers below the last one get its gradient.
 
         Returns:
-            (ê [n], 0 where neither maps nor the head say anything; the batch's mean loss).
-
-        Raises:
-            DecodeError: If the maps do not fit the model.
+            (ê [n]; the batch's mean loss).
         """
         ...
 
@@ -52,6 +54,11 @@ class Runtime(Protocol):
 @runtime_checkable
 class Trainer(Protocol):
     """Back-propagation on a device: only the bound needs it."""
+
+    @property
+    def backward_passes(self) -> int:
+        """Forward passes that a backward pass counts as: one through frozen weights, two where all of them are trained."""
+        ...
 
     def train(
         self,

@@ -14,9 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cooperllm.algorithm import feedback
 from cooperllm.algorithm.label_adjustment import label_adjustment
-from cooperllm.algorithm.maps import ModuleMaps, unpack_maps
+from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.zeroth_order import Evaluate
-from cooperllm.messages import Maps
+from cooperllm.config import AdapterKind, ModelConfig
+
+GRAPH_SHARE = 3
+"""A layer that is differentiated keeps about so many times what it needs to run."""
 
 
 @runtime_checkable
@@ -24,6 +27,7 @@ class ForwardModel(Protocol):
     """What the runtime needs of a model; `cooperllm.models.Model` is one."""
 
     num_classes: int
+    config: ModelConfig
     adapted: Any
 
     def batch(self, examples: Any, indices: Sequence[int]) -> Any:
@@ -83,27 +87,46 @@ class TorchForward:
 
         return losses, points_per_pass
 
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """(layers that feedback maps are for, their width D)."""
+        return len(self._model.adapted.below), self._model.adapted.width
+
     def estimate(
-        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: Sequence[Maps]
+        self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: DecodedMaps | None
     ) -> tuple[Float32[np.ndarray, "n"], float]:
-        """Runs forward once for the output error, and once more to take each module's part while that module is at hand."""
-        model, adapted = self._model, self._model.adapted
-        batch = model.batch(self._examples, [self.shard[position] for position in chosen])
-        point, pooled = torch.from_numpy(theta.copy()), list[torch.Tensor]()
-        with torch.inference_mode(), adapted.head_watched(pooled.append):
-            scores = self._scores(point, batch)
-            loss = float(torch.nn.functional.cross_entropy(scores, batch.labels))
-        error = feedback.output_error(scores.softmax(1).numpy(), batch.labels.numpy())
-        result = np.zeros_like(theta)
-        if maps:
-            parts = torch.from_numpy(result)
-            delta = _deltas(unpack_maps(maps, adapted.sizes, model.num_classes), batch, error @ maps[0].contrasts.T)
-            with torch.no_grad(), adapted.pulled_back(point.requires_grad_(), delta, parts.add_):
-                model.scores(point, batch)
-        for given in pooled:
-            result[slice(*adapted.head.weight)] = (error.T @ given.float().numpy()).reshape(-1)
-            result[slice(*adapted.head.bias)] = error.sum(0)
-        return result, loss
+        """Differentiates the last layer and what lies above it in one pass, and in a second each layer below, one at a time."""
+        point, total, losses = torch.from_numpy(theta.copy()).requires_grad_(), torch.zeros(len(theta)), list[float]()
+        indices = [self.shard[position] for position in chosen]
+        most = self._examples_per_graph(indices)
+        for begin in range(0, len(indices), most):
+            batch = self._model.batch(self._examples, indices[begin : begin + most])
+            losses.append(self._estimate(point, batch, maps, len(batch.labels) / len(chosen), total))
+        return total.numpy(), sum(losses)
+
+    def _examples_per_graph(self, indices: Sequence[int]) -> int:
+        """All of a batch, or as many as fit the memory budget while a layer is differentiated."""
+        if self._memory_mib is None:
+            return len(indices)
+        of_one = self._model.activation_mib(self._model.batch(self._examples, indices)) / len(indices)
+        return max(1, min(len(indices), int(self._memory_mib / (GRAPH_SHARE * of_one))))
+
+    def _estimate(self, point: torch.Tensor, batch: Any, maps: DecodedMaps | None, share: float, total: torch.Tensor) -> float:
+        """Adds a part of a batch to an estimate, and returns its part of the mean loss."""
+        adapted, top = self._model.adapted, list[torch.Tensor]()
+        with adapted.opened_at_top(top.append):
+            loss = share * self._loss(point, batch)
+        exact, at_top = torch.autograd.grad(loss, [point, *top], materialize_grads=True)
+        total += exact
+        if adapted.below:
+            with adapted.pulled_back(point, _deltas(maps, batch, at_top), total.add_):
+                self._model.scores(point, batch)
+        return float(loss.detach())
+
+    @property
+    def backward_passes(self) -> int:
+        """Forward passes that a backward pass counts as: one through frozen weights, two where all of them are trained."""
+        return 2 if self._model.config.adapter is AdapterKind.FULL else 1
 
     def train(
         self,
@@ -132,14 +155,17 @@ class TorchForward:
         return torch.nn.functional.cross_entropy(self._scores(theta, batch), batch.labels)
 
 
-def _deltas(decoded: Sequence[ModuleMaps], batch: Any, along: np.ndarray) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Predicts the loss's gradient at the output of a module, `algorithm.feedback`, eq. (2)-(3); padding has none."""
+def _deltas(maps: DecodedMaps | None, batch: Any, at_top: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """Predicts the loss's gradient at the output of a layer, `algorithm.feedback`, eq. (4)."""
+    if maps is None:
+        return lambda _number, _output: at_top
     is_token, tokens = batch.mask > 0, feedback.tokens(batch.mask.numpy())
+    top = at_top[is_token].float().numpy()
 
-    def delta(number: int, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        guide, found = decoded[number], torch.zeros_like(output)
-        described = feedback.features(given[is_token].float().numpy(), tokens, guide.basis)
-        found[is_token] = torch.from_numpy(feedback.deltas(described, tokens, guide.maps, along)).to(output.dtype)
+    def delta(number: int, output: torch.Tensor) -> torch.Tensor:
+        layer, found = maps.layers[number], torch.zeros_like(output)
+        described = feedback.features(output[is_token].float().numpy(), tokens, layer.basis)
+        found[is_token] = torch.from_numpy(feedback.deltas(top, described, tokens, maps.directions, layer.maps)).to(output.dtype)
         return found
 
     return delta

@@ -2,13 +2,14 @@
 
     prefix     token ids, mask -> states entering the first adapted layer                (1)  once per example
     losses     states or token ids, mask, labels, shift, θ [P, n] -> losses [P, B]       (2)  slopes
-    observe    the same without labels, θ [n] -> scores, head's input, what the adapted modules were given    (3)  first feedback pass
-    pull_back  θ [n], deltas at the modules' outputs, what they were given -> Σ_t δ_tᵀ ∂y_t/∂w                (4)  second feedback pass
+    observe    the same with θ [n] -> losses [B], δᴸ [B, T, H], Σ ∂losses/∂w from the last layer on,
+               what the layers below were given and gave                                         (3)  first feedback pass
+    pull_back  θ [n], deltas at the outputs of the layers below, what they were given -> Σ_t δ_tᵀ ∂y_t/∂w      (4)  second feedback pass
 
-(4) is the vector-Jacobian product of each adapted module alone, written down as ordinary operations by tracing it: a device needs no
-autograd. What a module is given is whatever the network hands it, so that masks, rotations and the like are computed once, in (3).
+The vector-Jacobian products in (3) and (4) are those of one layer each, written down as ordinary operations by tracing them: a device needs
+no autograd. What a layer is given is whatever the network hands it, so that masks, rotations and the like are computed once, in (3).
 
-Dimension key: P points, B examples, T tokens, H and D size of a module's input and output, C classes, n trainable parameters.
+Dimension key: P points, B examples, T tokens, H hidden size, C classes, n trainable parameters.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from cooperllm.adapted_modules import AdaptedModule
+from cooperllm.adapted_layers import AdaptedLayer
 from cooperllm.classifiers import LabelWords
 from cooperllm.models import Model
 from cooperllm.packaging.points import points_beside
@@ -70,73 +71,103 @@ class Losses(nn.Module):
         rows, masks = _repeated(given, theta), _repeated(mask, theta)
         with points_beside(self.network, model.layout, theta):
             scores = _scores(model, rows, masks)
-        logarithms = torch.log_softmax(scores.reshape(num_points, -1, model.num_classes) + shift, 2)
-        return -(logarithms * (labels[:, None] == torch.arange(model.num_classes))).sum(2)
+        return _losses(scores.reshape(num_points, -1, model.num_classes) + shift, labels)
 
 
-class Observe(nn.Module):
-    """A forward pass that hands out what a feedback estimate needs, eq. (3).
+class Forward(nn.Module):
+    """A forward pass that hands out what a feedback estimate needs, as a function of all that lies above the last layer's input.
 
     Attributes:
-        calls: How each adapted module was called in the newest pass, with places in the list of tensors instead of tensors.
-        features: Place of each module's input in that list.
+        calls: How each layer below the last one was called in the newest pass, with places in the list of tensors instead of tensors.
+        outputs: Place of each such layer's output in that list.
     """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.network, self._model = model.network, model
         self.calls: list[Any] = []
-        self.features: list[int] = []
+        self.outputs: list[int] = []
 
-    def forward(self, given: Tensor, mask: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
-        """Returns scores [B, C], the head's input [B, H] where there is a head, and every tensor that an adapted module was given."""
-        adapted, seen, pooled = self._model.adapted, list[Tensor](), list[Tensor]()
-        self.calls, self.features = [None] * len(adapted.modules), [0] * len(adapted.modules)
+    def forward(
+        self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor, exact: Tensor, push: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Returns losses [B] and every tensor that a layer below was given or gave.
 
-        def called(number: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        `exact` stands for θ from the last layer on, `push` [B, T, H] is added to the last layer's output.
+        """
+        adapted, seen = self._model.adapted, list[Tensor]()
+        self.calls, self.outputs = [None] * len(adapted.below), [0] * len(adapted.below)
+
+        def called(number: int, _layer: nn.Module, args: Any, kwargs: Any) -> None:
             self.calls[number] = pytree.tree_map_only(Tensor, partial(_place, seen), (args, kwargs))
 
-        def entered(number: int, _layer: nn.Module, args: Any) -> None:
-            self.features[number] = _place(seen, args[0]).place
+        def left(number: int, output: Tensor) -> None:
+            if number < len(adapted.below):
+                self.outputs[number] = _place(seen, output).place
 
-        with ExitStack() as hooks, adapted.head_watched(pooled.append):
-            for number, module in enumerate(adapted.modules):
-                parent, layer = self.network.get_submodule(module.name), self.network.get_submodule(module.layer)
-                hooks.enter_context(parent.register_forward_pre_hook(partial(called, number), with_kwargs=True))
-                hooks.enter_context(layer.register_forward_pre_hook(partial(entered, number)))
-            views = self._model.layout.views(theta)
+        def pushed(_layer: nn.Module, _args: Any, result: Any) -> Any:
+            return (result[0] + push, *result[1:]) if isinstance(result, tuple) else result + push
+
+        with ExitStack() as hooks:
+            for number, layer in enumerate(adapted.below):
+                hook = partial(called, number)
+                hooks.enter_context(self.network.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True))
+            hooks.enter_context(adapted.watched(left))
+            hooks.enter_context(self.network.get_submodule(adapted.top).register_forward_hook(pushed))
+            views = self._model.layout.views(torch.cat([theta[: adapted.exact_start], exact]))
             scores = _scores(self._model, given, mask, partial(torch.func.functional_call, self.network, views))
-        return (scores, *pooled, *seen)
+        return (_losses(scores + shift, labels), *seen)
+
+
+class Observe(nn.Module):
+    """The first feedback pass, eq. (3): `forward` is a traced `Forward`, which is differentiated from the last layer on."""
+
+    def __init__(self, forward: nn.Module, exact_start: int, width: int) -> None:
+        super().__init__()
+        self._forward, self._exact_start, self._width = forward, exact_start, width
+
+    def forward(self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
+        """Returns losses [B], δᴸ [B, T, H], the exact part of the gradient of their sum, and what `Forward` hands out."""
+
+        def total(exact: Tensor, push: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            found = self._forward(given, mask, labels, shift, theta, exact, push)
+            return found[0].sum(), found
+
+        nothing = torch.zeros(*mask.shape, self._width)
+        differentiated: Any = torch.func.vjp(total, theta[self._exact_start :], nothing, has_aux=True)
+        _, pull, found = differentiated
+        exact, at_top = pull(torch.ones(()))
+        return (found[0], at_top, exact, *found[1:])
 
 
 class PullBack(nn.Module):
-    """The vector-Jacobian product of each adapted module, eq. (4)."""
+    """The vector-Jacobian product of each adapted layer below the last one, eq. (4)."""
 
-    def __init__(self, model: Model, observed: Observe) -> None:
+    def __init__(self, model: Model, observed: Forward) -> None:
         super().__init__()
         self.network, self._model, self._observed = model.network, model, observed
 
     def forward(self, theta: Tensor, *given: Tensor) -> Tensor:
-        """Returns the modules' parts of the gradient, one behind the other; `given` is a delta [B, T, D] per module, then what (3) saw."""
-        modules = self._model.adapted.modules
-        deltas, seen = given[: len(modules)], given[len(modules) :]
+        """Returns the layers' parts of the gradient, one behind the other; `given` is a delta [B, T, H] per layer, then what (3) saw."""
+        layers = self._model.adapted.below
+        deltas, seen = given[: len(layers)], given[len(layers) :]
         parts = [
             part
-            for module, call, delta in zip(modules, self._observed.calls, deltas, strict=True)
-            for part in self._parts(theta, module, pytree.tree_map_only(Place, partial(_taken, seen), call), delta)
+            for layer, call, delta in zip(layers, self._observed.calls, deltas, strict=True)
+            for part in self._parts(theta, layer, pytree.tree_map_only(Place, partial(_taken, seen), call), delta)
         ]
         return torch.cat(parts)
 
-    def _parts(self, theta: Tensor, module: AdaptedModule, call: tuple[Any, Any], delta: Tensor) -> list[Tensor]:
-        parent, layout = self.network.get_submodule(module.name), self._model.layout
+    def _parts(self, theta: Tensor, layer: AdaptedLayer, call: tuple[Any, Any], delta: Tensor) -> list[Tensor]:
+        module, layout = self.network.get_submodule(layer.name), self._model.layout
         spans = {
-            name.removeprefix(f"{module.name}."): (start, stop, shape)
+            name.removeprefix(f"{layer.name}."): (start, stop, shape)
             for (name, (start, stop)), shape in zip(layout.ranges.items(), layout.shapes, strict=True)
-            if module.start <= start < module.stop
+            if layer.start <= start < layer.stop
         }
 
         def output(*tensors: Tensor) -> Tensor:
-            result = torch.func.functional_call(parent, dict(zip(spans, tensors, strict=True)), *call)
+            result = torch.func.functional_call(module, dict(zip(spans, tensors, strict=True)), *call)
             return result[0] if isinstance(result, tuple) else result
 
         pull: Callable[[Tensor], tuple[Tensor, ...]]
@@ -162,6 +193,11 @@ def _place(seen: list[Tensor], tensor: Tensor) -> Place:
 
 def _taken(seen: Sequence[Tensor], place: Place) -> Tensor:
     return seen[place.place]
+
+
+def _losses(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each example, scores [..., B, C]: a sum over classes, since picking one would read labels as places."""
+    return -(torch.log_softmax(scores, -1) * (labels[:, None] == torch.arange(scores.shape[-1]))).sum(-1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

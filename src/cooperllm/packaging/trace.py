@@ -2,23 +2,28 @@
 
 import logging
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Sequence, Set
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
+from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK
 from cooperllm.errors import ConfigError
 from cooperllm.models import Batch, Model
-from cooperllm.packaging.graphs import Losses, Observe, PlainLinear, Prefix, PullBack, only_label_words
+from cooperllm.packaging.graphs import Forward, Losses, Observe, PlainLinear, Prefix, PullBack, only_label_words
 
 OPSET = 20
 """Version of the operators; onnxruntime knows it from 1.18 on."""
+
+BACKWARD: dict[Any, Any] = {operator: rule for operator, rule in core_aten_decompositions().items() if "backward" in operator.name()}
+"""Derivatives of activations and norms in terms of ordinary operations: the exporter knows few of them itself."""
 
 
 def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx.ModelProto], list[int]]:
@@ -27,18 +32,19 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
     Args:
         model: A model.
         theta: Any θ, shape [n].
-        batch: Any examples, at least two of at least two tokens: sizes of 1 would be taken for fixed.
+        batch: Any examples.
 
     Returns:
-        (graphs by name; for each adapted module the place of its input among the tensors that `observe` hands out).
+        (graphs by name; for each layer that needs maps the place of its output among the tensors that `observe` hands out).
 
     Raises:
         ConfigError: If the model cannot be traced, or something is trained that a package does not know.
     """
+    batch = _with_open_sizes(batch, {model.num_classes, model.layout.size, model.adapted.width})
     dynamic, either = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
-    rows, point = {0: dynamic, 1: dynamic}, torch.stack([theta, theta])
+    rows, examples, point = {0: dynamic, 1: dynamic}, {0: dynamic}, torch.stack([theta, theta])
     given = batch.token_ids if batch.states is None else batch.states
-    shift, observe = torch.zeros(model.num_classes), Observe(model)
+    shift, watched = torch.zeros(model.num_classes), Forward(model)
     graphs: dict[str, onnx.ModelProto] = {}
     with _tracing(model):
         if model.prefix is not None:
@@ -46,27 +52,51 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
         graphs[LOSSES] = _onnx(
             Losses(model),
             (given, batch.mask, batch.labels, shift, point),
-            (rows, rows, {0: dynamic}, None, {0: dynamic}),
+            (rows, rows, examples, None, {0: dynamic}),
             ["given", "mask", "labels", "shift", "theta"],
             ["losses"],
         )
         if not model.adapted.is_complete:
             return graphs, []
-        outputs = observe(given, batch.mask, theta)
-        seen = outputs[1 + (model.adapted.head is not None) :]
+        push = torch.zeros(*batch.mask.shape, model.adapted.width)
+        first = (given, batch.mask, batch.labels, shift, theta)
+        traced = _exported(watched, (*first, theta[model.adapted.exact_start :], push), (rows, rows, examples, None, None, None, rows))
+        observe = Observe(traced.module(), model.adapted.exact_start, model.adapted.width)
+        seen = watched(*first, theta[model.adapted.exact_start :], push)[1:]
         names = [f"seen_{place}" for place in range(len(seen))]
-        first = ["scores", *(["pooled"] if model.adapted.head is not None else []), *names]
-        graphs[OBSERVE] = _onnx(observe, (given, batch.mask, theta), (rows, rows, None), ["given", "mask", "theta"], first)
-        deltas = [torch.zeros(*batch.mask.shape, size) for _, size in model.adapted.sizes]
+        graphs[OBSERVE] = _onnx(
+            _functional(observe, first),
+            first,
+            (rows, rows, examples, None, None),
+            ["given", "mask", "labels", "shift", "theta"],
+            ["losses", "at_top", "exact", *names],
+        )
+        if not model.adapted.below:
+            return graphs, []
+        deltas = [push for _ in model.adapted.below]
         arguments = (theta, *deltas, *seen)
         graphs[PULL_BACK] = _onnx(
-            _functional(PullBack(model, observe), arguments),
+            _functional(PullBack(model, watched), arguments),
             arguments,
             [None, *(dict.fromkeys(range(tensor.dim()), either) for tensor in arguments[1:])],
             ["theta", *(f"delta_{number}" for number in range(len(deltas))), *names],
             ["gradient"],
         )
-    return graphs, observe.features
+    return graphs, watched.outputs
+
+
+def _with_open_sizes(batch: Batch, taken: Set[int]) -> Batch:
+    """Repeats examples and pads until no size is 1, which a trace takes for fixed, or equals another, which it takes for the same."""
+    found, length = batch.mask.shape
+    num_examples = next(size for size in count(max(found, 2)) if size not in taken)
+    longer = next(size for size in count(max(length, 2)) if size not in taken and size != num_examples) - length
+    order, pad = torch.arange(num_examples) % found, nn.functional.pad
+    return Batch(
+        token_ids=pad(batch.token_ids[order], (0, longer)),
+        mask=pad(batch.mask[order], (0, longer)),
+        labels=batch.labels[order],
+        states=None if batch.states is None else pad(batch.states[order], (0, 0, 0, longer)),
+    )
 
 
 @contextmanager
@@ -93,19 +123,28 @@ def _tracing(model: Model) -> Generator[None]:
 def _onnx(
     module: nn.Module, arguments: tuple[Tensor, ...], dynamic_shapes: Sequence[Any], inputs: list[str], outputs: list[str]
 ) -> onnx.ModelProto:
-    with PlainLinear():
-        traced = torch.export.export(module, arguments, dynamic_shapes=tuple(dynamic_shapes), strict=False)
     program = torch.onnx.export(
-        traced, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False, optimize=True
+        _exported(module, arguments, dynamic_shapes),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=inputs,
+        output_names=outputs,
+        verbose=False,
+        optimize=True,
     )
     assert program is not None, "the exporter returns a program unless it is told to write a file"
     return program.model_proto
 
 
-def _functional(module: PullBack, arguments: tuple[Tensor, ...]) -> nn.Module:
+def _exported(module: nn.Module, arguments: tuple[Tensor, ...], dynamic_shapes: Sequence[Any]) -> Any:
+    with PlainLinear():
+        return torch.export.export(module, arguments, dynamic_shapes=tuple(dynamic_shapes), strict=False)
+
+
+def _functional(module: nn.Module, arguments: tuple[Tensor, ...]) -> nn.Module:
     """Writes a backward pass down as forward operations, sizes still open."""
     with PlainLinear():
-        graph = make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments)
+        graph = make_fx(module, decomposition_table=BACKWARD, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments)
     for node in [node for node in graph.graph.nodes if node.target is torch.ops.aten.size.default]:
         for user in list(node.users):  # a list of numbers would be read into Python by the next trace; single sizes are not
             with graph.graph.inserting_before(user):

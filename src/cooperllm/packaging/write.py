@@ -20,9 +20,8 @@ from cooperllm.device.manifest import (
     WEIGHTS,
     FileEntry,
     Golden,
-    HeadEntry,
+    LayerEntry,
     Manifest,
-    ModuleEntry,
 )
 from cooperllm.device.onnx_forward import golden_points, open_package
 from cooperllm.errors import ConfigError, PackageError
@@ -101,7 +100,6 @@ def _written(
     for point in golden_points(theta, golden):
         with torch.no_grad():
             losses.append(float(torch.nn.functional.cross_entropy(model.scores(torch.from_numpy(point), batch), batch.labels)))
-    adapted, has_feedback = model.adapted, bool(seen)
     manifest = Manifest(
         format_version=PACKAGE_VERSION,
         variant=variant,
@@ -115,13 +113,9 @@ def _written(
         prompt=model.config.prompt,
         pad_id=model.pad_id,
         widths=model.widths,
-        modules=tuple(
-            ModuleEntry(input_size=size[0], output_size=size[1], start=module.start, stop=module.stop, seen=place)
-            for module, size, place in zip(adapted.modules, adapted.sizes, seen, strict=True)
-        )
-        if has_feedback
-        else (),
-        head=HeadEntry(weight=adapted.head.weight, bias=adapted.head.bias) if adapted.head is not None else None,
+        layers=tuple(
+            LayerEntry(start=layer.start, stop=layer.stop, seen=place) for layer, place in zip(model.adapted.below, seen, strict=False)
+        ),
         graphs=tuple(graphs),
         files={file.name: _entry(file) for file in sorted(part.iterdir())},
         golden=replace(golden, losses=tuple(losses)),
