@@ -37,21 +37,18 @@ class Setting(NamedTuple):
         batch_size: Texts.
         prefix: What becomes of frozen layers: "computed" in every pass, "cached" once per text, or "none" frozen.
         num_layers: Adapted layers, the last ones of six.
-        max_tokens: Where texts are cut.
     """
 
     batch_size: int
     prefix: str
     num_layers: int
-    max_tokens: int
 
 
 SETTINGS = (
-    Setting(16, "computed", 2, 32),
-    Setting(16, "cached", 2, 32),
-    Setting(1, "computed", 2, 32),
-    Setting(16, "none", 6, 32),
-    Setting(16, "none", 6, 128),
+    Setting(16, "computed", 2),
+    Setting(16, "cached", 2),
+    Setting(1, "computed", 2),
+    Setting(16, "none", 6),
 )
 
 
@@ -68,9 +65,7 @@ def assembly_of(row: str, setting: Setting) -> Assembly:
     config = cooperllm.recipe("demo").with_arm(ArmName.MEASURED if row == "inference" else ArmName(row))
     config = replace(
         config,
-        model=replace(
-            config.model, caches_prefix=setting.prefix == "cached", last_layers=setting.num_layers, max_tokens=setting.max_tokens
-        ),
+        model=replace(config.model, caches_prefix=setting.prefix == "cached", last_layers=setting.num_layers),
         federation=replace(config.federation, batch_size=setting.batch_size, num_devices=4, devices_per_round=1),
     )
     return Assembly(config, RunDirectory(Path("never-written")), Material(config))
@@ -115,12 +110,12 @@ def main() -> None:
     """Measures every row at several batch settings and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--row", nargs=6, help=argparse.SUPPRESS)
-    parser.add_argument("--prepare", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row or arguments.prepare:
-        row, order, batch_size, prefix, num_layers, max_tokens = arguments.row or arguments.prepare
-        assembly = assembly_of(row, Setting(int(batch_size), prefix, int(num_layers), int(max_tokens)))
+        row, order, batch_size, prefix, num_layers = arguments.row or arguments.prepare
+        assembly = assembly_of(row, Setting(int(batch_size), prefix, int(num_layers)))
         work(row, assembly, Path(order)) if arguments.row else prepare(assembly, Path(order))
         return
     date = datetime.date.today()
@@ -130,17 +125,17 @@ def main() -> None:
         f"Command: `python benchmarks/memory/benchmark.py`; {platform.machine()}, one thread, Python {platform.python_version()}, torch "
         f"{torch.__version__}. MiniLM-L6, LoRA r 8 on query and value, texts of the demo; MiB over the import-only baseline.",
         "",
-        "| batch | tokens at most | adapted layers | frozen prefix | "
+        "| batch | adapted layers | frozen prefix | "
         + " | ".join(ROWS)
         + " | measured / inference | feedback / inference | fedavg-bp / inference |",
-        "|---|---|---|---|" + "---|" * (len(ROWS) + 3),
+        "|---|---|---|" + "---|" * (len(ROWS) + 3),
     ]
     order = Path("order.tmp").resolve()
     for setting in SETTINGS:
         peaks = {row: peak_mib(row, setting, order) for row in ROWS}
         cells = " | ".join(f"{peak:.0f}" for peak in peaks.values())
         ratios = " | ".join(f"{peaks[row] / peaks['inference']:.3f}" for row in ("measured", "feedback", "fedavg-bp"))
-        lines.append(f"| {setting.batch_size} | {setting.max_tokens} | {setting.num_layers} | {setting.prefix} | {cells} | {ratios} |")
+        lines.append(f"| {setting.batch_size} | {setting.num_layers} | {setting.prefix} | {cells} | {ratios} |")
         print(lines[-1], flush=True)
     order.unlink()
     arguments.results.mkdir(parents=True, exist_ok=True)
