@@ -457,7 +457,7 @@ def test_an_estimate_without_blocks_is_exact_and_stays():
     found = FeedbackArm().combine(ARM, asked, public, measured)
     # Packed at 32 bits, as a multiple of a power of two.
     assert np.array_equal(unpack_vector(found.dense, SIZE), drawn(7, SIZE))
-    assert found.observed["gain"] == 0
+    assert "gain" not in found.observed  # 0 would say that maps are worthless
 
 
 # Local steps on a device.

@@ -23,10 +23,11 @@ from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.zeroth_order import Evaluate
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, Golden
 from cooperllm.device.package import DeviceExamples, Package, read_package
+from cooperllm.device.runtime import GRAPH_SHARE
 from cooperllm.errors import ConfigError, PackageError
 
-ROWS_PER_PASS = 512
-"""Tokens times points of one pass: enough to keep arithmetic units busy, few enough for a processor's caches. One point with more examples
+ROWS_PER_PASS = 128
+"""Tokens times points of one pass: more are no faster on the default model, and take 30 MiB more (docs/devices.md). One point with more examples
 is faster than two with fewer: each point multiplies with factors of its own, in small products."""
 
 
@@ -89,7 +90,7 @@ class OnnxForward:
             )
         indices = [self.shard[position] for position in chosen]
         total, loss = np.zeros_like(point), 0.0
-        for batch in self._passes(indices, 1):
+        for batch in self._passes(indices, GRAPH_SHARE):
             seen = self._package.run(OBSERVE, batch | {"shift": self._shift, "theta": point})
             loss += float(seen.pop("losses").sum(dtype=np.float64))
             total[manifest.exact_start :] += seen.pop("exact")

@@ -9,6 +9,9 @@ from jaxtyping import Float32
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.zeroth_order import Evaluate
 
+GRAPH_SHARE = 2
+"""A layer that is differentiated keeps about so many times what it needs to run: an estimate's pass counts as so many points."""
+
 
 @runtime_checkable
 class Runtime(Protocol):

@@ -17,9 +17,7 @@ from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.zeroth_order import Evaluate
 from cooperllm.config import AdapterKind, ModelConfig
-
-GRAPH_SHARE = 3
-"""A layer that is differentiated keeps about so many times what it needs to run."""
+from cooperllm.device.runtime import GRAPH_SHARE
 
 
 @runtime_checkable
