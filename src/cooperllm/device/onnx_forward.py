@@ -27,8 +27,8 @@ from cooperllm.device.runtime import GRAPH_SHARE
 from cooperllm.errors import ConfigError, PackageError
 
 ROWS_PER_PASS = 128
-"""Tokens times points of one pass: more are no faster on the default model, and take 30 MiB more (docs/devices.md). One point with more examples
-is faster than two with fewer: each point multiplies with factors of its own, in small products."""
+"""Tokens times points of one pass: more are no faster on the default model and take 30 MiB more, docs/devices.md. One point with more
+examples is faster than two with fewer: each point multiplies with factors of its own, in small products."""
 
 
 class OnnxForward:
