@@ -33,7 +33,9 @@ IA3 = "--adapter ia3 --target-modules k_proj,v_proj --set model.objective=head -
 
 
 def tiny(runtime, arm=ArmName.FEEDBACK):
-    return replace(cooperllm.recipe("tiny").with_arm(arm), engine=EngineName.LOOPBACK, runtime=runtime)
+    """Estimates travel exactly: at 8 bits a last bit turns roundings over, and Adam makes whole steps of entries near zero."""
+    config = replace(cooperllm.recipe("tiny").with_arm(arm), engine=EngineName.LOOPBACK, runtime=runtime)
+    return replace(config, arm=replace(config.arm, estimate_bits=32))
 
 
 @pytest.fixture(scope="module")
@@ -251,8 +253,8 @@ def test_a_run_on_onnx_runtime_follows_the_path_of_the_reference(onnx_run, tmp_p
             path.append(replica.theta)
         paths.append(np.stack(path))
     moved = np.linalg.norm(paths[1] - assemble(RunDirectory(reference.path)).start.theta, axis=1)
-    # An estimate is packed in 8 bits: a last bit may turn a rounding over, and that by 1/127 of the largest entry of a block.
-    assert (np.linalg.norm(paths[0] - paths[1], axis=1) < 0.02 * moved).all()
+    # Float32 sums in another order, 1e-5 of a gradient apart, and Adam magnifies entries near zero; 2e-6 of the way was seen.
+    assert (np.linalg.norm(paths[0] - paths[1], axis=1) < 1e-3 * moved).all()
     assert onnx_run.summary["arms"]["feedback"]["forward_passes"] == reference.summary["arms"]["feedback"]["forward_passes"]
 
 
