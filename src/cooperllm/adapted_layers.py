@@ -99,7 +99,7 @@ class AdaptedLayers:
             torch.set_grad_enabled(True)  # until the context below, which turned it off, puts back what was before
 
         def leave(_layer: nn.Module, _args: Any, result: Any) -> None:
-            output = _first(result)
+            output = output_of(result)
             take(output if output.requires_grad else output.requires_grad_())
 
         layer = self._network.get_submodule(self.top)
@@ -120,7 +120,7 @@ class AdaptedLayers:
         def pull(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with torch.enable_grad():
                 result = forward(*args, **kwargs)
-                output = _first(result)
+                output = output_of(result)
                 (part,) = torch.autograd.grad(output, theta, delta(number, output.detach()))
             take(part)
             if number + 1 == len(self.below):
@@ -140,11 +140,22 @@ def _span(ranges: Mapping[str, tuple[int, int]], prefix: str) -> tuple[int, int]
 
 
 def _handed_over(visit: Visit, number: int, _layer: nn.Module, _args: Any, result: Any) -> None:
-    visit(number, _first(result))
+    visit(number, output_of(result))
 
 
-def _first(result: Any) -> Tensor:
-    """A layer's output; some return other things behind it."""
+def output_of(result: Any) -> Tensor:
+    """Finds a layer's output in what it returns; some return other things behind it.
+
+    Args:
+        result: A tensor, or a tuple that begins with one.
+
+    Returns:
+        The tensor.
+
+    Example:
+        >>> output_of((torch.ones(1), None))
+        tensor([1.])
+    """
     return result[0] if isinstance(result, tuple) else result
 
 

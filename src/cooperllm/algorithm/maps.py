@@ -180,12 +180,8 @@ def unpack_maps(held: Sequence[Maps], num_layers: int, width: int) -> DecodedMap
     bases = unpack_rows(whole.basis, [(width, num_components)] * num_layers)
     shape = (num_directions, 1 + 2 * num_components, width)
     parts = [_factors(maps, num_layers, shape) for maps in held]
-    totals = [np.zeros(shape, np.float32) for _ in range(num_layers)]
     with np.errstate(over="ignore", invalid="ignore"):
-        for of_message in parts:
-            for total, (left, right) in zip(totals, of_message, strict=True):
-                for along, component in zip(left, right, strict=True):
-                    total += (along[:, None] * component).reshape(shape)
+        totals = [_added_up(of_layer, shape) for of_layer in zip(*parts, strict=True)]
     if any(not np.abs(total).max() <= LARGEST for total in totals):
         raise DecodeError(f"maps: version {held[-1].version} with an entry above {LARGEST:g} found")
     layers = tuple(LayerMaps(basis=basis, maps=total) for basis, total in zip(bases, totals, strict=True))
@@ -249,3 +245,12 @@ def _factors(maps: Maps, num_layers: int, shape: tuple[int, int, int]) -> list[t
         raise DecodeError(f"maps: rank {maps.rank} found, 1 to {width} expected")
     matrices = unpack_rows(maps.factors, [(maps.rank, num_directions * num_features), (maps.rank, width)] * num_layers)
     return list(zip(matrices[::2], matrices[1::2], strict=True))
+
+
+def _added_up(factors: Sequence[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int, int]) -> Float32[np.ndarray, "_K _F _D"]:
+    """One layer's maps from the factors of all messages, component by component, eq. (1)."""
+    total = np.zeros(shape, np.float32)
+    for left, right in factors:
+        for along, component in zip(left, right, strict=True):
+            total += (along[:, None] * component).reshape(shape)
+    return total

@@ -135,10 +135,12 @@ class MapFitter:
         chosen = noise.permutation(seed, MAP_TEXTS, len(self._public))[: self._num_examples].tolist()
         starts = range(0, len(chosen), FIT_BATCH)
         batches = [self._model.batch(self._public, chosen[start : start + FIT_BATCH]) for start in starts]
+        described: list[_Seen] = []
         if held:
             frame, directions, basis = unpack_maps(held, self._num_layers, self._width), None, None
         else:
-            found = self._frame([self._seen(point, batch) for batch in batches[:DESCRIBED_BATCHES]])
+            described = [self._seen(point, batch) for batch in batches[:DESCRIBED_BATCHES]]
+            found = self._frame(described)
             if found is None:
                 return None
             frame, directions, basis = found
@@ -146,8 +148,9 @@ class MapFitter:
         kept, held_out = ([Moments.zero(num_features, num_directions, self._width) for _ in frame.layers] for _ in range(2))
         for position, batch in enumerate(batches):
             sums = held_out if position % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else kept
-            for layer, (described, targets) in enumerate(_examples(self._seen(point, batch), frame)):
-                sums[layer].add(described, targets)
+            seen = described[position] if position < len(described) else self._seen(point, batch)
+            for layer, (features, targets) in enumerate(_examples(seen, frame)):
+                sums[layer].add(features, targets)
         if not all(np.isfinite(part).all() for one in (*kept, *held_out) for part in (one.xx, one.xy)):
             return None
         judges = held_out if len(batches) >= HELD_OUT_EVERY else kept

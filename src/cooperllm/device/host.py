@@ -41,7 +41,8 @@ class Host:
         runtime = self._runtimes[order.device_id]
         if order.plan.maps:
             maps = joined(self._maps, order.plan.maps)
-            self._decoded = unpack_maps(maps, *runtime.map_shape)
-            self._maps = maps
+            if maps != self._maps:  # a refresh comes once for each device
+                self._decoded = unpack_maps(maps, *runtime.map_shape)
+                self._maps = maps
         trainer = runtime if isinstance(runtime, Trainer) else None  # one without PyTorch cannot back-propagate
         return encode(run_device(order, self._replica, runtime, trainer, self._decoded))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from cooperllm.adapted_layers import AdaptedLayer
+from cooperllm.adapted_layers import AdaptedLayer, output_of
 from cooperllm.classifiers import LabelWords
 from cooperllm.models import Model
 from cooperllm.packaging.points import points_beside
@@ -167,8 +167,7 @@ class PullBack(nn.Module):
         }
 
         def output(*tensors: Tensor) -> Tensor:
-            result = torch.func.functional_call(module, dict(zip(spans, tensors, strict=True)), *call)
-            return result[0] if isinstance(result, tuple) else result
+            return output_of(torch.func.functional_call(module, dict(zip(spans, tensors, strict=True)), *call))
 
         pull: Callable[[Tensor], tuple[Tensor, ...]]
         pull = torch.func.vjp(output, *(theta[start:stop].reshape(shape) for start, stop, shape in spans.values()))[1]
