@@ -103,7 +103,7 @@ def report(arguments: argparse.Namespace) -> None:
             "",
             f"## {setting.model}, {setting.batch_size} x {setting.num_tokens} tokens, {where}",
             "",
-            "| row | peak over imports, MiB | absolute | dirty / files at the end | CPU ms | below full BP | below LoRA BP | below one by one |",
+            "| row | peak over imports, MiB | absolute | dirty / files | CPU ms | below full BP | below LoRA BP | below one by one |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
