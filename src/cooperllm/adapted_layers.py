@@ -1,17 +1,16 @@
-"""The Transformer layers that a feedback estimate differentiates, one at a time, and what is exact above them.
+"""The Transformer layers that a feedback estimate differentiates, one at a time, from the last one down.
 
-    from the last layer on    ∂f/∂w and δ = ∂f/∂h, h the last layer's output: back-propagation that stops at that layer's input     (1)
-    each adapted layer below  Σ_t δ_tᵀ ∂y_t/∂w, y the layer's output, δ predicted: back-propagation that stops at its input         (2)
+    last layer and above      ∂f/∂w, ∂f/∂h and ∂f/∂x: h its output, x its input; back-propagation that stops at that input          (1)
+    each adapted layer below  Σ_t δ_tᵀ ∂y_t/∂w and Σ_t δ_tᵀ ∂y_t/∂x, y the layer's output, x its input                         (2)
 
-What happens inside a layer (attention probabilities, keys, rotations, the feed-forward part) is known from its own forward pass, so no map
-needs to learn it: a map says how the loss reaches the layer's output. Autograd computes the rest for any architecture and any adapter; a
-graph lives as long as its layer's own forward pass and no longer.
+With δ = ∂f/∂x of the layer above, (2) is back-propagation itself; a guide may give another δ. A graph lives as long as its own layer is at
+hand and no longer: what stays between the forward pass and a layer's turn is what the layer was given.
 
 Dimension key: B examples, T tokens, H hidden size, n trainable parameters.
 """
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from cooperllm.frozen_prefix import layer_stack
-from cooperllm.wrapped_forward import forward_wrapped
 
 Visit = Callable[[int, Tensor], None]
 """Called with (number of a layer, its output [B, T, H]) in the order of the forward pass."""
@@ -29,8 +27,10 @@ Visit = Callable[[int, Tensor], None]
 HEAD = "classifier."
 
 
-class _LowestDone(Exception):  # noqa: N818 -- a jump out of the forward pass, not an error
-    """Raised when the layers below the last one have had their turn: the rest of the pass is of no use."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is given: the states that enter it [B, T, H] first or by name, masks, rotations and the like."""
+
+STATES = "hidden_states"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,7 @@ class AdaptedLayers:
     """
 
     def __init__(self, network: nn.Module, ranges: Mapping[str, tuple[int, int]]) -> None:
-        self._network = network
+        self._network, self._ranges = network, ranges
         backbone: Any = network.get_submodule("backbone")
         self.width = int(backbone.config.hidden_size)
         found = layer_stack(network)
@@ -73,7 +73,9 @@ class AdaptedLayers:
         self.has_head = _span(ranges, HEAD) is not None
         others = [name for name in ranges if name.startswith((f"{self.top}.", HEAD) if found else HEAD)]
         seen = sum(stop - start for start, stop in [*((one.start, one.stop) for one in self.below), *(ranges[name] for name in others)])
-        in_order = all(ranges[name][0] >= self.exact_start for name in others)
+        numbers = [number for number, (_, span) in enumerate(layers) if span]
+        is_run = numbers == list(range(depth - 1 - len(numbers), depth - 1))
+        in_order = is_run and all(ranges[name][0] >= self.exact_start for name in others)
         self.is_complete = bool(found) and in_order and seen == max((stop for _, stop in ranges.values()), default=0)
 
     def blocks(self, most: int) -> tuple[tuple[int, int], ...]:
@@ -92,45 +94,79 @@ class AdaptedLayers:
             yield
 
     @contextmanager
-    def opened_at_top(self, take: Callable[[Tensor], None]) -> Generator[None]:
-        """Within it, a forward pass records a graph from the last layer's input on, and hands over that layer's output."""
-
-        def enter(_layer: nn.Module, _args: Any) -> None:
-            torch.set_grad_enabled(True)  # until the context below, which turned it off, puts back what was before
-
-        def leave(_layer: nn.Module, _args: Any, result: Any) -> None:
-            output = output_of(result)
-            take(output if output.requires_grad else output.requires_grad_())
-
-        layer = self._network.get_submodule(self.top)
-        entering = layer.register_forward_pre_hook(enter)
-        with torch.no_grad(), entering, layer.register_forward_hook(leave):
-            yield
-
-    @contextmanager
-    def pulled_back(self, theta: Tensor, delta: Callable[[int, Tensor], Tensor], take: Callable[[Tensor], None]) -> Generator[None]:
-        """Within it, a forward pass opens a graph inside each layer below the last one and closes it at its output; it ends with these.
+    def opened_at_top(self, ends: list[Tensor]) -> Generator[list[Call]]:
+        """Within it, a forward pass records a graph from the last layer's input on.
 
         Args:
-            theta: The leaf, with gradients on, that the pass is run at, shape [n].
-            delta: Gives the loss's gradient [B, T, H] at the output of a layer from (its number, its output).
-            take: Gets that layer's part of the gradient, shape [n], 0 outside of it.
+            ends: The pass adds the last layer's input and then its output, both differentiable.
+
+        Yields:
+            What each layer below the last one is given, filled by the pass.
         """
+        calls = list[Call]()
 
-        def pull(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with torch.enable_grad():
-                result = forward(*args, **kwargs)
-                output = output_of(result)
-                (part,) = torch.autograd.grad(output, theta, delta(number, output.detach()))
-            take(part)
-            if number + 1 == len(self.below):
-                raise _LowestDone
-            return tuple(map(_detached, result)) if isinstance(result, tuple) else result.detach()
+        def given(_layer: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append((args, kwargs))
 
-        with suppress(_LowestDone), torch.no_grad(), ExitStack() as changes:
-            for number, layer in enumerate(self.below):
-                changes.enter_context(forward_wrapped(self._network.get_submodule(layer.name), partial(pull, number)))
-            yield
+        def enter(_layer: nn.Module, args: Any, kwargs: Any) -> Call:
+            torch.set_grad_enabled(True)  # until the context below, which turned it off, puts back what was before
+            ends.append(states_of((args, kwargs)).detach().requires_grad_())
+            return with_states((args, kwargs), ends[-1])
+
+        def leave(_layer: nn.Module, _args: Any, result: Any) -> None:
+            ends.append(output_of(result))
+
+        layer = self._network.get_submodule(self.top)
+        with torch.no_grad(), ExitStack() as hooks:
+            for below in self.below:
+                module = self._network.get_submodule(below.name)
+                hooks.enter_context(module.register_forward_pre_hook(given, with_kwargs=True))
+            hooks.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(leave))
+            yield calls
+
+    def pulled_back(self, theta: Tensor, layer: AdaptedLayer, call: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs a layer once more and differentiates it, eq. (2).
+
+        Args:
+            theta: θ, shape [n].
+            layer: One of those below.
+            call: What it was given.
+            delta: The loss's gradient at its output, shape [B, T, H].
+
+        Returns:
+            (its part of the gradient [stop - start]; the loss's gradient at its input [B, T, H]).
+        """
+        module = self._network.get_submodule(layer.name)
+        point = theta[layer.start : layer.stop].detach().requires_grad_()
+        states = states_of(call).detach().requires_grad_()
+        args, kwargs = with_states(call, states)
+        with torch.enable_grad():
+            output = output_of(torch.func.functional_call(module, self.tensors(layer, point), args, kwargs))
+        part, passed = torch.autograd.grad(output, [point, states], delta)
+        return part, passed
+
+    def given(self, call: Call) -> Tensor:
+        """The states that a layer was given, shape [B, T, H]."""
+        return states_of(call)
+
+    def tensors(self, layer: AdaptedLayer, part: Tensor) -> dict[str, Tensor]:
+        """Names a layer's part of θ as the layer itself does.
+
+        Args:
+            layer: One of those below.
+            part: Its part of θ, shape [stop - start].
+
+        Returns:
+            Views by name.
+        """
+        module = self._network.get_submodule(layer.name)
+        inside = {
+            name.removeprefix(f"{layer.name}."): (start - layer.start, stop - layer.start)
+            for name, (start, stop) in self._ranges.items()
+            if name.startswith(f"{layer.name}.")
+        }
+        return {name: part[start:stop].view(module.get_parameter(name).shape) for name, (start, stop) in inside.items()}
 
 
 def _span(ranges: Mapping[str, tuple[int, int]], prefix: str) -> tuple[int, int] | None:
@@ -159,5 +195,36 @@ def output_of(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+def states_of(call: Call) -> Tensor:
+    """Finds the states that enter a layer.
+
+    Args:
+        call: What the layer is given.
+
+    Returns:
+        States, shape [B, T, H].
+
+    Example:
+        >>> states_of(((), {"hidden_states": torch.ones(1)}))
+        tensor([1.])
+    """
+    args, kwargs = call
+    return args[0] if args else kwargs[STATES]
+
+
+def with_states(call: Call, states: Tensor) -> Call:
+    """Gives a layer other states.
+
+    Args:
+        call: What the layer is given; not modified.
+        states: What is to enter it.
+
+    Returns:
+        The same with these states.
+
+    Example:
+        >>> with_states((("states", "mask"), {}), torch.ones(1))
+        ((tensor([1.]), 'mask'), {})
+    """
+    args, kwargs = call
+    return ((states, *args[1:]), kwargs) if args else (args, kwargs | {STATES: states})

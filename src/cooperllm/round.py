@@ -91,7 +91,7 @@ def run_round(cloud: Cloud, edges: Sequence[Edge], link: Link) -> RoundResult:
 
 
 def _queries(prepared: Prepared) -> int:
-    """Two forward passes are one query, so each block of an estimate counts as one and four estimates as five."""
+    """Two forward passes are one query, so each block of an estimate counts as one and two estimates as three."""
     probes, feedback = prepared.plan.probes, prepared.plan.feedback
     columns = len(prepared.public.span) if probes is not None and probes.measures_columns else 0
     random = 0 if probes is None else probes.num_random

@@ -108,7 +108,7 @@ def test_every_option_has_a_help_text(monkeypatch, capsys, command):
         (("compare", "tiny", "--tune-rounds", "5"), "tune_rounds: found 5, expected >= 1, together with tuning (--tune)"),
         (("run", "tiny", "--set", "arm.local_step=1"), "arm.local_step found, which is no setting"),
         (("run", "tiny", "--set", "nowhere.at.all=1"), "--set: found 'nowhere.at.all=1', expected PATH=VALUE"),
-        (("run", "tiny", "--set", "arm.local_steps=9"), "arm.queries: found 5, expected >= 13: five for every four estimates"),
+        (("run", "tiny", "--set", "arm.local_steps=9"), "arm.queries: found 5, expected >= 14: three for every two estimates"),
         (("run", "tiny", "--arm", "paper", "--public", "none"), "paper back-propagates on labelled public text"),
         (("resume", "nowhere"), "nowhere is not a run directory"),
         (("export", "nowhere", "adapter"), "nowhere is not a run directory"),

@@ -131,12 +131,11 @@ def answered(trained, maps, blocks=None, maps_version=6, theta=None):
 
 
 def test_maps_fitted_on_public_texts_give_the_gradient_of_private_ones(trained):
-    found, without = (trained.device.estimate(trained.theta, CHOSEN, maps)[0] for maps in (trained.decoded, None))
+    found = trained.device.estimate(trained.theta, CHOSEN, trained.decoded)[0]
     assert cosine(found, trained.gradient) > 0.98
-    # By chance two vectors of 12 288 numbers have a cosine near 0.01. What layers only add to would be known without maps.
+    # By chance two vectors of 12 288 numbers have a cosine near 0.01.
     for start, stop in trained.fitter.blocks:
         assert cosine(found[start:stop], trained.gradient[start:stop]) > 0.8
-        assert cosine(without[start:stop], trained.gradient[start:stop]) < 0.7
 
 
 def test_maps_fitted_on_the_very_texts_give_the_gradient_of_every_factor():
@@ -164,10 +163,9 @@ def test_with_label_texts_maps_give_the_gradient_without_a_head(compared):
 def test_maps_know_how_to_reach_query_adapters():
     """What a query does to attention is found in the layer's own forward pass; a map that only fitted values would give noise."""
     queries = after_training(ModelConfig(target_modules=("query",)), 0.5)
-    found, without = (queries.device.estimate(queries.theta, CHOSEN, maps)[0][queries.mapped] for maps in (queries.decoded, None))
+    found = queries.device.estimate(queries.theta, CHOSEN, queries.decoded)[0][queries.mapped]
     # By chance two vectors of 6 144 numbers have a cosine near 0.013.
     assert cosine(found, queries.gradient[queries.mapped]) > 0.75
-    assert cosine(found, queries.gradient[queries.mapped]) > cosine(without, queries.gradient[queries.mapped]) + 0.1
 
 
 @pytest.mark.parametrize("has_maps", [False, True])
@@ -182,7 +180,9 @@ def test_from_the_last_layer_on_an_estimate_is_back_propagation_with_and_without
     assert np.linalg.norm(found[one.exact] - one.gradient[one.exact]) < 1e-5 * length
     assert loss == pytest.approx(float(evaluate(one.theta[None])[0]), abs=2e-6)
     assert length > 0.3
-    assert np.linalg.norm(found[one.mapped] - one.gradient[one.mapped]) > 1e-2 * np.linalg.norm(one.gradient[one.mapped]) > 0
+    # Maps predict; without them the gradient is carried down from layer to layer, and all of it is exact.
+    missed = np.linalg.norm(found[one.mapped] - one.gradient[one.mapped]) / np.linalg.norm(one.gradient[one.mapped])
+    assert missed > 1e-2 if has_maps else missed < 1e-5
 
 
 def test_an_estimate_is_the_mean_of_its_examples_estimates(trained):
@@ -308,9 +308,13 @@ def test_adapters_and_a_head_are_seen_completely_and_a_whole_model_is_not(adapte
 # Whole runs.
 
 
+MAPPED = {"map_examples": 64, "map_components": 8, "map_rank": 8, "basis_size": 8, "feedback_blocks": 1, "queries": 4, "local_steps": 2}
+"""Two estimates of three passes each and a block of two are four queries to the last pass."""
+
+
 def tiny(**changes):
     config = replace(cooperllm.recipe("tiny").with_arm(ArmName.FEEDBACK), engine=EngineName.LOOPBACK, num_rounds=5)
-    return replace(config, arm=replace(config.arm, map_examples=64, map_components=8, map_rank=8, basis_size=8), **changes)
+    return replace(config, arm=replace(config.arm, **MAPPED), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +468,7 @@ def with_the_last_layer_alone(config):
 
 @pytest.mark.parametrize(("change", "num_blocks"), [(without_text, 1), (with_the_last_layer_alone, 0)])
 def test_without_maps_and_without_a_head_feedback_learns_and_sends_none(tmp_path, change, num_blocks):
-    """The last layer's gradient is exact; a layer below gets that at the last layer's output, and slopes say how much of it is true."""
+    """The gradient is carried down from the last layer, and slopes along a block of it find all of it true."""
     federation = replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2, batch_size=200)  # every text every round
     assembly = assemble(RunDirectory.create(tmp_path / "run", change(tiny(federation=federation))))
     cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
@@ -474,7 +478,7 @@ def test_without_maps_and_without_a_head_feedback_learns_and_sends_none(tmp_path
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("queries", "is_same"), [(5, True), (7, False)])
+@pytest.mark.parametrize(("queries", "is_same"), [(4, True), (6, False)])
 def test_with_every_query_in_estimates_and_blocks_public_labels_change_no_bit(tmp_path, queries, is_same):
     """Of queries that are left over the first measures the momentum and the second the public gradient, which labels do decide."""
     base = tiny(num_rounds=3)

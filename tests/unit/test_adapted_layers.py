@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cooperllm.adapted_layers import AdaptedLayers
+from cooperllm.adapted_layers import AdaptedLayers, states_of, with_states
 
 SIZE, DEPTH, LAYER = 4, 4, 32
 """Hidden size, number of layers, trained values of one of them."""
@@ -182,9 +182,15 @@ def layers_in_two_lists(network):
     network.backbone.layers, network.backbone.more = layers[:2], layers[2:]
 
 
-@pytest.mark.parametrize("change", [embedding, adapter_outside_the_list, final_norm, head_before_the_layers, layers_in_two_lists])
+def frozen_layer_in_between(network):
+    network.backbone.layers[2].requires_grad_(requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change", [embedding, adapter_outside_the_list, final_norm, head_before_the_layers, layers_in_two_lists, frozen_layer_in_between]
+)
 def test_what_is_trained_outside_the_layers_and_a_head_makes_estimates_incomplete(network, change):
-    """As does a network without one list of layers, and a head that comes before them in θ."""
+    """As does a network without one list of layers, a head that comes before them in θ, and a layer that nothing is carried through."""
     assert adapted_of(network).is_complete
     change(network)
     assert not adapted_of(network).is_complete
@@ -211,21 +217,22 @@ def test_layers_are_watched_in_the_order_of_the_pass_and_the_last_one_comes_last
 
 
 def opened(network, theta):
-    """The loss of a pass that is opened at the top, and the last layer's output."""
-    top = []
-    with adapted_of(network).opened_at_top(top.append):
+    """The loss of a pass that is opened at the top, the last layer's input and output, and what the layers below were given."""
+    ends = []
+    with adapted_of(network).opened_at_top(ends) as calls:
         loss = loss_of(network, theta)
-    return loss, top[0]
+    return loss, ends, calls
 
 
 def test_from_the_last_layer_on_the_gradient_is_that_of_back_propagation(network):
     expected, deltas = back_propagated(network)
     theta = flat(network)
-    loss, top = opened(network, theta)
-    found, delta = torch.autograd.grad(loss, [theta, top])
+    loss, ends, _ = opened(network, theta)
+    found, at_input, at_output = torch.autograd.grad(loss, [theta, *ends])
     torch.testing.assert_close(found[EXACT:], expected[EXACT:], **TOLERANCE)
-    torch.testing.assert_close(delta, deltas[-1], **TOLERANCE)
-    assert min(expected[EXACT : EXACT + LAYER].abs().max(), expected[EXACT + LAYER :].abs().max(), delta.abs().max()) > 1e-2
+    torch.testing.assert_close(at_input, deltas[-2], **TOLERANCE)  # what the last layer is given is what the one below it gave
+    torch.testing.assert_close(at_output, deltas[-1], **TOLERANCE)
+    assert min(expected[EXACT : EXACT + LAYER].abs().max(), expected[EXACT + LAYER :].abs().max(), at_input.abs().max()) > 1e-2
     assert not found[:EXACT].any()
 
 
@@ -233,97 +240,121 @@ def test_nothing_below_the_last_layer_is_in_the_graph(network):
     records = []
     for layer in network.backbone.layers:
         layer.register_forward_hook(lambda _module, args, result: records.append((args[0].requires_grad, torch.is_grad_enabled())))
-    loss, _ = opened(network, flat(network))
-    assert records == [(False, False), (False, False), (False, False), (False, True)]
+    loss, ends, calls = opened(network, flat(network))
+    assert records == [(False, False), (False, False), (False, False), (True, True)]
+    assert ends[0].grad_fn is None
+    assert not any(args[0].requires_grad for args, _ in calls)
     assert loss.requires_grad
     assert torch.is_grad_enabled()
 
 
-def test_above_a_frozen_last_layer_the_gradient_at_its_output_is_known_all_the_same(network):
+def test_above_a_frozen_last_layer_the_gradient_at_its_ends_is_known_all_the_same(network):
     network.backbone.layers[-1].requires_grad_(requires_grad=False)
     network.classifier.requires_grad_(requires_grad=False)
     _, deltas = back_propagated(network)
-    loss, top = opened(network, flat(network))
-    torch.testing.assert_close(*torch.autograd.grad(loss, top), deltas[-1], **TOLERANCE)
+    loss, ends, _ = opened(network, flat(network))
+    for found, expected in zip(torch.autograd.grad(loss, ends), deltas[-2:], strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 # Below the last layer.
 
 
+def test_a_pass_notes_what_each_layer_below_is_given_in_the_order_of_the_pass(network):
+    adapted, outputs = adapted_of(network), []
+    _, ends, calls = opened(network, flat(network))
+    with torch.no_grad(), adapted.watched(lambda _number, output: outputs.append(output)):
+        run(network, flat(network))
+    assert len(calls) == 2
+    assert torch.equal(adapted.given(calls[1]), outputs[0])
+    assert torch.equal(ends[0], outputs[1])
+    assert [kwargs for _, kwargs in calls] == [{"scale": 0.5}] * 2
+
+
 def test_what_is_pulled_back_through_a_layer_is_back_propagations_part_of_it(network):
-    """With the true gradient at each output, the parts add up to the true gradient of every layer below the last one."""
+    """With the true gradient at its output: the true gradient of its parameters, and at its input."""
     expected, deltas = back_propagated(network)
-    theta, parts = flat(network), []
-    with adapted_of(network).pulled_back(theta, lambda number, _output: deltas[number], parts.append):
-        run(network, theta)
-    assert len(parts) == 2
-    for number, part in enumerate(parts):
-        own = slice(number * LAYER, (number + 1) * LAYER)
-        torch.testing.assert_close(part[own], expected[own], **TOLERANCE)
-        assert expected[own].abs().max() > 1e-2
-        assert part.count_nonzero() == part[own].count_nonzero()
+    adapted, theta = adapted_of(network), flat(network)
+    calls = opened(network, theta)[2]
+    for number, layer in enumerate(adapted.below):
+        part, passed = adapted.pulled_back(theta, layer, calls[number], deltas[number])
+        torch.testing.assert_close(part, expected[layer.start : layer.stop], **TOLERANCE)
+        assert part.abs().max() > 1e-2
+        if number:
+            torch.testing.assert_close(passed, deltas[number - 1], **TOLERANCE)
 
 
-def test_a_layer_says_what_it_would_say_in_an_ordinary_pass_and_hands_on_no_graph(network):
-    theta, plain, found = flat(network), [], []
-    with torch.no_grad(), adapted_of(network).watched(lambda _number, output: plain.append(output)):
-        run(network, theta)
-
-    def delta(_number, output):
-        found.append(output)
-        return torch.ones_like(output)
-
-    given = []
-    network.backbone.layers[2].register_forward_pre_hook(
-        lambda _module, args: given.append((args[0].requires_grad, torch.is_grad_enabled()))
-    )
-    with adapted_of(network).pulled_back(theta, delta, lambda part: None):
-        run(network, theta)
-    assert [torch.equal(*pair) for pair in zip(found, plain[:2], strict=True)] == [True, True]
-    assert given == [(False, False)]
-    assert [output.requires_grad for output in found] == [False, False]
+def test_carried_from_layer_to_layer_it_is_the_whole_of_back_propagation(network):
+    expected, _ = back_propagated(network)
+    adapted, theta = adapted_of(network), flat(network)
+    loss, ends, calls = opened(network, theta)
+    found, delta = torch.autograd.grad(loss, [theta, ends[0]])
+    for layer, call in zip(reversed(adapted.below), reversed(calls), strict=True):
+        found[layer.start : layer.stop], delta = adapted.pulled_back(theta, layer, call, delta)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
-def test_the_second_pass_ends_before_the_last_layer(network):
-    theta, entered = flat(network), counted(network)
-    with adapted_of(network).pulled_back(theta, lambda _number, output: torch.ones_like(output), lambda part: None):
-        run(network, theta)
-        entered.append("after the pass")
-    assert entered == ["backbone.layers.1", "backbone.layers.2"]
+def test_a_layer_runs_alone_when_it_is_pulled_back_and_leaves_no_graph(network):
+    adapted, theta = adapted_of(network), flat(network)
+    calls, entered = opened(network, theta)[2], counted(network)
+    part, passed = adapted.pulled_back(theta, adapted.below[1], calls[1], torch.ones(2, 3, SIZE))
+    assert entered == [adapted.below[1].name]
+    assert not part.requires_grad
+    assert not passed.requires_grad
+    assert not adapted.given(calls[1]).requires_grad
 
 
-@pytest.mark.parametrize("way", ["watched", "opened_at_top", "delta", "take"])
+def test_states_given_by_name_are_found_like_those_given_first():
+    states, other = torch.zeros(1), torch.ones(1)
+    for call in (((states, 3), {"mask": 4}), ((), {"hidden_states": states, "mask": 4})):
+        assert states_of(call) is states
+        assert states_of(with_states(call, other)) is other
+        assert states_of(call) is states
+    assert with_states(((states, 3), {"mask": 4}), other)[0][1:] == (3,)
+    assert with_states(((), {"hidden_states": states, "mask": 4}), other)[1]["mask"] == 4
+
+
+@pytest.mark.parametrize("way", ["watched", "opened_at_top", "pulled_back"])
 @pytest.mark.parametrize("is_recording", [True, False])
 def test_an_error_on_the_way_leaves_the_network_as_it_was(network, way, is_recording):
-    adapted, theta, before = adapted_of(network), flat(network), changes_in(network)
-
-    def fail(*_args):
-        raise ArithmeticError
-
-    around = {
-        "watched": lambda: adapted.watched(fail),
-        "opened_at_top": lambda: adapted.opened_at_top(fail),
-        "delta": lambda: adapted.pulled_back(theta, fail, lambda part: None),
-        "take": lambda: adapted.pulled_back(theta, lambda _number, output: output, fail),
+    adapted, theta, call = adapted_of(network), flat(network), ((torch.ones(2, 3, SIZE),), {"scale": "no number"})
+    before = changes_in(network)
+    work = {
+        "watched": lambda: watched_run(adapted, network, theta),
+        "opened_at_top": lambda: opened_and_failed(adapted, network, theta),
+        "pulled_back": lambda: adapted.pulled_back(theta, adapted.below[1], call, torch.ones(2, 3, SIZE)),
     }[way]
     with torch.set_grad_enabled(is_recording):
-        with pytest.raises(ArithmeticError), around():
-            run(network, theta)
+        with pytest.raises((ArithmeticError, TypeError)):
+            work()
         assert torch.is_grad_enabled() is is_recording
     assert changes_in(network) == before
 
 
+def watched_run(adapted, network, theta):
+    def fail(*_args):
+        raise ArithmeticError
+
+    with adapted.watched(fail):
+        run(network, theta)
+
+
+def opened_and_failed(adapted, network, theta):
+    with adapted.opened_at_top([]):
+        run(network, theta)
+        raise ArithmeticError
+
+
 @pytest.mark.parametrize("is_recording", [True, False])
 def test_two_passes_leave_the_network_as_it_was(network, is_recording):
-    """The second one leaves in the middle of a pass, with parameters of another point in the network."""
     adapted, theta, before = adapted_of(network), 2 * flat(network).detach(), changes_in(network)
     own = [tensor.detach().clone() for tensor in network.parameters()]
     theta.requires_grad_()
     with torch.set_grad_enabled(is_recording):
-        with adapted.opened_at_top(lambda output: None):
+        with adapted.opened_at_top([]) as calls:
             run(network, theta)
-        with adapted.pulled_back(theta, lambda _number, output: output, lambda part: None):
-            run(network, theta)
+        for layer, call in zip(adapted.below, calls, strict=True):
+            adapted.pulled_back(theta, layer, call, torch.ones(2, 3, SIZE))
         assert torch.is_grad_enabled() is is_recording
     assert changes_in(network) == before
     assert all(torch.equal(*pair) for pair in zip(own, network.parameters(), strict=True))

@@ -763,5 +763,5 @@ def test_every_method_has_a_name():
 
 
 def test_only_the_feedback_arm_keeps_queries_from_columns_and_random_directions():
-    config = ArmConfig(queries=7, feedback_blocks=2)
-    assert {name: arm(name).free_queries(config) for name in ArmName} == dict.fromkeys(ArmName, 7) | {ArmName.FEEDBACK: 7 - 4 - 2}
+    config = ArmConfig(queries=8, feedback_blocks=2)
+    assert {name: arm(name).free_queries(config) for name in ArmName} == dict.fromkeys(ArmName, 8) | {ArmName.FEEDBACK: 8 - 5 - 2}

@@ -52,9 +52,10 @@ class ArmConfig:
         effective_rank: Measured arm: rank r that shrinks P isotropic probes by P/(P+r), >= 0.
         public_weight: Measured arm: weight λ of the cloud's own gradient along the columns, in [0, 1]; 0 where public data lack a class.
         feedback_blocks: Feedback arm: blocks of layers below the last one whose estimate is measured, one query each, >= 0; fewer where
-            the model has fewer.
+            the model has fewer. Without maps there is nothing to correct.
         estimate_bits: Feedback arm: bits per entry of an estimate on the link: 4, 8 or 32.
-        map_examples: Feedback arm: public texts that maps are fitted on, >= 8; 0 fits none, and layers below the last one get its gradient.
+        map_examples: Feedback arm: public texts that maps are fitted on, >= 8; 0 fits none, and the
+            gradient is carried down from layer to layer.
         map_components: Feedback arm: principal components of a layer's output that maps may depend on, 1 to 128.
         map_rank: Feedback arm: rank of what one refresh says of a layer, >= 1.
         map_refresh: Feedback arm: rounds between two fits in the long run, >= 1.
@@ -82,7 +83,7 @@ class ArmConfig:
     basis_size: int = 64
     effective_rank: float = 500.0
     public_weight: float = 0.5
-    feedback_blocks: int = 1
+    feedback_blocks: int = 0
     estimate_bits: int = 8
     map_examples: int = 0
     map_components: int = 48
@@ -127,7 +128,7 @@ class ArmConfig:
             self.name is not ArmName.FEEDBACK or self.queries >= needs,
             "arm.queries",
             self.queries,
-            f">= {needs}: five for every four estimates and one per block (arm.local_steps, arm.feedback_blocks)",
+            f">= {needs}: three for every two estimates and one per block (arm.local_steps, arm.feedback_blocks)",
         )
         check(self.seed_pool_size <= 1 << 32, "arm.seed_pool_size", self.seed_pool_size, "<= 2**32")
         check(self.most_held_rounds >= 0, "arm.most_held_rounds", self.most_held_rounds, ">= 0")
@@ -138,10 +139,10 @@ class ArmConfig:
 
 
 def passes_of_estimates(num_steps: int) -> int:
-    """Says how many forward passes feedback estimates count for: two and a half each, rounded up.
+    """Says how many forward passes feedback estimates count for: three each.
 
-    One pass goes through to the loss, a second ends below the last layer, and back-propagation inside the layers, whose weights are frozen,
-    costs about one more. With one, two and six adapted layers PyTorch took 1.9, 2.4 and 2.9 forward passes' time: docs/log.md.
+    One pass goes through to the loss, the layers below the last one run once more, and back-propagation inside layers, whose weights are
+    frozen, costs about as much as a pass. With one, two and six adapted layers PyTorch took 1.9, 2.5 and 2.8 passes' time: docs/log.md.
 
     Args:
         num_steps: Estimates, >= 0.
@@ -151,9 +152,9 @@ def passes_of_estimates(num_steps: int) -> int:
 
     Example:
         >>> [passes_of_estimates(count) for count in (1, 2, 3)]
-        [3, 5, 8]
+        [3, 6, 9]
     """
-    return (5 * num_steps + 1) // 2
+    return 3 * num_steps
 
 
 def queries_of_estimates(num_steps: int) -> int:
@@ -167,6 +168,6 @@ def queries_of_estimates(num_steps: int) -> int:
 
     Example:
         >>> [queries_of_estimates(count) for count in (1, 2, 3)]
-        [2, 3, 4]
+        [2, 3, 5]
     """
     return (passes_of_estimates(num_steps) + 1) // 2

@@ -11,7 +11,7 @@ gave and their deltas, about 12 bytes for each of B · T · H values and each la
 Dimension key: P points, B examples, T tokens, H hidden size, C classes, n trainable parameters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ class OnnxForward:
     def estimate(
         self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: DecodedMaps | None
     ) -> tuple[Float32[np.ndarray, "n"], float]:
-        """Runs forward once, the last layer backward, and the adapted layers below once more for their parts of the gradient."""
+        """Runs forward once, the last layer backward, and the adapted layers below once more and backward, from the last one down."""
         manifest, point = self._package.manifest, np.ascontiguousarray(theta)
         self._check(point[None])
         if OBSERVE not in manifest.graphs:
@@ -98,28 +98,22 @@ class OnnxForward:
             seen = self._package.run(OBSERVE, batch | {"shift": self._shift, "theta": point})
             loss += float(seen.pop("losses").sum(dtype=np.float64))
             total[manifest.exact_start :] += seen.pop("exact")
-            at_top = seen.pop("at_top")
             if manifest.layers:
-                total[: manifest.exact_start] += self._pulled_back(point, batch["mask"], at_top, seen, maps)
+                total[: manifest.exact_start] += self._pulled_back(point, batch["mask"], seen, maps)
         return total / np.float32(len(indices)), loss / len(indices)
 
     def _pulled_back(
-        self,
-        point: Float32[np.ndarray, "n"],
-        mask: Int64[np.ndarray, "B T"],
-        at_top: Float32[np.ndarray, "B T D"],
-        seen: Mapping[str, np.ndarray],
-        maps: DecodedMaps | None,
+        self, point: Float32[np.ndarray, "n"], mask: Int64[np.ndarray, "B T"], seen: dict[str, np.ndarray], maps: DecodedMaps | None
     ) -> Float32[np.ndarray, "m"]:
-        """The parts of the layers below the last one, `algorithm.feedback`, eq. (3)-(4) and (6)."""
-        is_token, tokens = mask > 0, feedback.tokens(mask)
-        given: dict[str, np.ndarray] = {"theta": point, **seen}
-        for number, layer in enumerate(self._package.manifest.layers):
-            delta = given[f"delta_{number}"] = at_top.copy()
-            if maps is not None:
-                described = feedback.features(seen[f"seen_{layer.seen}"][is_token], tokens, maps.layers[number].basis)
-                delta[is_token] = feedback.deltas(at_top[is_token], described, tokens, maps.directions, maps.layers[number].maps)
-        return self._package.run(PULL_BACK, given)["gradient"]
+        """The parts of the layers below the last one; without maps the gradient at its input is carried down through them."""
+        at_input, at_output, layers = seen.pop("at_input"), seen.pop("at_output"), self._package.manifest.layers
+        if maps is None:
+            nothing = np.zeros_like(at_input)
+            deltas = [*(nothing for _ in layers[1:]), at_input]
+        else:
+            deltas = _predicted(maps, mask, at_output, [seen[f"seen_{layer.seen}"] for layer in layers])
+        given = {"theta": point, "carried": np.array(maps is None, np.float32), **seen}
+        return self._package.run(PULL_BACK, given | {f"delta_{number}": delta for number, delta in enumerate(deltas)})["gradient"]
 
     def _passes(self, indices: Sequence[int], num_points: int) -> Iterator[dict[str, np.ndarray]]:
         """Cuts a batch into passes, in order, each padded to its own longest example."""
@@ -216,3 +210,15 @@ def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
     return padded
+
+
+def _predicted(
+    maps: DecodedMaps, mask: Int64[np.ndarray, "B T"], at_top: Float32[np.ndarray, "B T D"], outputs: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """What maps predict at the outputs of the layers below the last one, `algorithm.feedback`, eq. (3)-(4)."""
+    is_token, tokens, deltas = mask > 0, feedback.tokens(mask), list[np.ndarray]()
+    for layer, output in zip(maps.layers, outputs, strict=True):
+        deltas.append(np.zeros_like(at_top))
+        described = feedback.features(output[is_token], tokens, layer.basis)
+        deltas[-1][is_token] = feedback.deltas(at_top[is_token], described, tokens, maps.directions, layer.maps)
+    return deltas

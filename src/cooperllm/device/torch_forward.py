@@ -3,7 +3,7 @@
 No graph is built, no gradient is kept, and θ enters as views of a perturbed copy of the small trained vector, never of the base weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -93,7 +93,7 @@ class TorchForward:
     def estimate(
         self, theta: Float32[np.ndarray, "n"], chosen: Sequence[int], maps: DecodedMaps | None
     ) -> tuple[Float32[np.ndarray, "n"], float]:
-        """Differentiates the last layer and what lies above it in one pass, and in a second each layer below, one at a time."""
+        """Differentiates the last layer and what lies above it in a forward pass, then each adapted layer below, one at a time."""
         point, total, losses = torch.from_numpy(theta.copy()).requires_grad_(), torch.zeros(len(theta)), list[float]()
         indices = [self.shard[position] for position in chosen]
         most = self._examples_per_graph(indices)
@@ -112,13 +112,16 @@ class TorchForward:
     def _estimate(self, point: torch.Tensor, batch: Any, maps: DecodedMaps | None, share: float, total: torch.Tensor) -> float:
         """Adds a part of a batch to an estimate, and returns its part of the mean loss."""
         adapted, top = self._model.adapted, list[torch.Tensor]()
-        with adapted.opened_at_top(top.append):
+        with adapted.opened_at_top(top) as calls:
             loss = share * self._loss(point, batch)
-        exact, at_top = torch.autograd.grad(loss, [point, *top], materialize_grads=True)
+        exact, at_input, at_output = torch.autograd.grad(loss, [point, *top], materialize_grads=True)
         total += exact
-        if adapted.below:
-            with adapted.pulled_back(point, _deltas(maps, batch, at_top), total.add_):
-                self._model.scores(point, batch)
+        mapped, delta, output = None if maps is None else _Mapped(maps, batch, at_output), at_input, top[0].detach()
+        for number in reversed(range(len(adapted.below))):
+            layer, call = adapted.below[number], calls.pop()
+            part, passed = adapted.pulled_back(point, layer, call, delta if mapped is None else mapped.delta(number, output))
+            total[layer.start : layer.stop] += part
+            delta, output = passed, adapted.given(call)
         return float(loss.detach())
 
     @property
@@ -153,17 +156,18 @@ class TorchForward:
         return torch.nn.functional.cross_entropy(self._scores(theta, batch), batch.labels)
 
 
-def _deltas(maps: DecodedMaps | None, batch: Any, at_top: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """Predicts the loss's gradient at the output of a layer, `algorithm.feedback`, eq. (4)."""
-    if maps is None:
-        return lambda _number, _output: at_top
-    is_token, tokens = batch.mask > 0, feedback.tokens(batch.mask.numpy())
-    top = at_top[is_token].float().numpy()
+class _Mapped:
+    """What maps predict for a batch, `algorithm.feedback`, eq. (4)."""
 
-    def delta(number: int, output: torch.Tensor) -> torch.Tensor:
-        layer, found = maps.layers[number], torch.zeros_like(output)
-        described = feedback.features(output[is_token].float().numpy(), tokens, layer.basis)
-        found[is_token] = torch.from_numpy(feedback.deltas(top, described, tokens, maps.directions, layer.maps)).to(output.dtype)
+    def __init__(self, maps: DecodedMaps, batch: Any, at_top: torch.Tensor) -> None:
+        self._maps, self._is_token = maps, batch.mask > 0
+        self._tokens = feedback.tokens(batch.mask.numpy())
+        self._top = at_top[self._is_token].float().numpy()
+
+    def delta(self, number: int, output: torch.Tensor) -> torch.Tensor:
+        """The loss's gradient at the output of a layer."""
+        layer, found = self._maps.layers[number], torch.zeros_like(output)
+        described = feedback.features(output[self._is_token].float().numpy(), self._tokens, layer.basis)
+        predicted = feedback.deltas(self._top, described, self._tokens, self._maps.directions, layer.maps)
+        found[self._is_token] = torch.from_numpy(predicted).to(output.dtype)
         return found
-
-    return delta

@@ -2,12 +2,14 @@
 
     prefix     token ids, mask -> states entering the first adapted layer                (1)  once per example
     losses     states or token ids, mask, labels, shift, θ [P, n] -> losses [P, B]       (2)  slopes
-    observe    the same with θ [n] -> losses [B], δᴸ [B, T, H], Σ ∂losses/∂w from the last layer on,
-               what the layers below were given and gave                                         (3)  first feedback pass
-    pull_back  θ [n], deltas at the outputs of the layers below, what they were given -> Σ_t δ_tᵀ ∂y_t/∂w      (4)  second feedback pass
+    observe    the same with θ [n] -> losses [B], gradients of their sum at the last layer's input and output, Σ ∂losses/∂w from that
+               layer on, what the layers below were given and gave                                            (3)  first feedback pass
+    pull_back  θ [n], δ at the outputs of the layers below, what they were given -> Σ_t δ_tᵀ ∂y_t/∂w, layer by layer from the last one
+               down; δ_k is what is given for a layer, plus c times Σ_t δ_tᵀ ∂y_t/∂x of the layer above        (4)  second feedback pass
 
-The vector-Jacobian products in (3) and (4) are those of one layer each, written down as ordinary operations by tracing them: a device needs
-no autograd. What a layer is given is whatever the network hands it, so that masks, rotations and the like are computed once, in (3).
+With c = 1 and (3)'s gradient for the topmost of these layers, (4) is back-propagation; with c = 0 every δ is somebody's prediction.
+Vector-Jacobian products are those of one layer each, written down as ordinary operations by tracing them: a device needs no autograd. What
+a layer is given is whatever the network hands it, so that masks, rotations and the like are computed once, in (3).
 
 Dimension key: P points, B examples, T tokens, H hidden size, C classes, n trainable parameters.
 """
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from cooperllm.adapted_layers import AdaptedLayer, output_of
+from cooperllm.adapted_layers import AdaptedLayer, Call, output_of, states_of, with_states
 from cooperllm.models import Model
 from cooperllm.packaging.points import points_beside
 
@@ -87,11 +89,11 @@ class Forward(nn.Module):
         self.outputs: list[int] = []
 
     def forward(
-        self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor, exact: Tensor, push: Tensor
+        self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor, exact: Tensor, push_in: Tensor, push_out: Tensor
     ) -> tuple[Tensor, ...]:
         """Returns losses [B] and every tensor that a layer below was given or gave.
 
-        `exact` stands for θ from the last layer on, `push` [B, T, H] is added to the last layer's output.
+        `exact` stands for θ from the last layer on; `push_in` and `push_out` [B, T, H] are added to the last layer's input and output.
         """
         adapted, seen = self._model.adapted, list[Tensor]()
         self.calls, self.outputs = [None] * len(adapted.below), [0] * len(adapted.below)
@@ -103,15 +105,20 @@ class Forward(nn.Module):
             if number < len(adapted.below):
                 self.outputs[number] = _place(seen, output).place
 
+        def entered(_layer: nn.Module, args: Any, kwargs: Any) -> Call:
+            return with_states((args, kwargs), states_of((args, kwargs)) + push_in)
+
         def pushed(_layer: nn.Module, _args: Any, result: Any) -> Any:
-            return (result[0] + push, *result[1:]) if isinstance(result, tuple) else result + push
+            return (result[0] + push_out, *result[1:]) if isinstance(result, tuple) else result + push_out
 
         with ExitStack() as hooks:
             for number, layer in enumerate(adapted.below):
                 hook = partial(called, number)
                 hooks.enter_context(self.network.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True))
             hooks.enter_context(adapted.watched(left))
-            hooks.enter_context(self.network.get_submodule(adapted.top).register_forward_hook(pushed))
+            top = self.network.get_submodule(adapted.top)
+            hooks.enter_context(top.register_forward_pre_hook(entered, with_kwargs=True))
+            hooks.enter_context(top.register_forward_hook(pushed))
             views = self._model.layout.views(torch.cat([theta[: adapted.exact_start], exact]))
             scores = _scores(self._model, given, mask, partial(torch.func.functional_call, self.network, views))
         return (_losses(scores + shift, labels), *seen)
@@ -125,17 +132,17 @@ class Observe(nn.Module):
         self._forward, self._exact_start, self._width = forward, exact_start, width
 
     def forward(self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
-        """Returns losses [B], δᴸ [B, T, H], the exact part of the gradient of their sum, and what `Forward` hands out."""
+        """Returns losses [B]; gradients of their sum at the last layer's input and output, and in θ from it on; and what is seen."""
 
-        def total(exact: Tensor, push: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            found = self._forward(given, mask, labels, shift, theta, exact, push)
+        def total(exact: Tensor, push_in: Tensor, push_out: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            found = self._forward(given, mask, labels, shift, theta, exact, push_in, push_out)
             return found[0].sum(), found
 
         nothing = torch.zeros(*mask.shape, self._width)
-        differentiated: Any = torch.func.vjp(total, theta[self._exact_start :], nothing, has_aux=True)
+        differentiated: Any = torch.func.vjp(total, theta[self._exact_start :], nothing, nothing, has_aux=True)
         _, pull, found = differentiated
-        exact, at_top = pull(torch.ones(()))
-        return (found[0], at_top, exact, *found[1:])
+        exact, at_input, at_output = pull(torch.ones(()))
+        return (found[0], at_input, at_output, exact, *found[1:])
 
 
 class PullBack(nn.Module):
@@ -145,31 +152,26 @@ class PullBack(nn.Module):
         super().__init__()
         self.network, self._model, self._observed = model.network, model, observed
 
-    def forward(self, theta: Tensor, *given: Tensor) -> Tensor:
-        """Returns the layers' parts of the gradient, one behind the other; `given` is a delta [B, T, H] per layer, then what (3) saw."""
+    def forward(self, theta: Tensor, carried: Tensor, *given: Tensor) -> Tensor:
+        """Returns the layers' parts of the gradient, one behind the other; `given` is a δ [B, T, H] per layer, then what (3) saw."""
         layers = self._model.adapted.below
         deltas, seen = given[: len(layers)], given[len(layers) :]
-        parts = [
-            part
-            for layer, call, delta in zip(layers, self._observed.calls, deltas, strict=True)
-            for part in self._parts(theta, layer, pytree.tree_map_only(Place, partial(_taken, seen), call), delta)
-        ]
-        return torch.cat(parts)
+        parts, passed = list[Tensor](), None
+        for layer, call, delta in reversed(list(zip(layers, self._observed.calls, deltas, strict=True))):
+            whole = delta if passed is None else delta + carried * passed
+            part, passed = self._pulled(theta, layer, pytree.tree_map_only(Place, partial(_taken, seen), call), whole)
+            parts.append(part)
+        return torch.cat(parts[::-1])
 
-    def _parts(self, theta: Tensor, layer: AdaptedLayer, call: tuple[Any, Any], delta: Tensor) -> list[Tensor]:
-        module, layout = self.network.get_submodule(layer.name), self._model.layout
-        spans = {
-            name.removeprefix(f"{layer.name}."): (start, stop, shape)
-            for (name, (start, stop)), shape in zip(layout.ranges.items(), layout.shapes, strict=True)
-            if layer.start <= start < layer.stop
-        }
+    def _pulled(self, theta: Tensor, layer: AdaptedLayer, call: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
+        module, adapted = self.network.get_submodule(layer.name), self._model.adapted
 
-        def output(*tensors: Tensor) -> Tensor:
-            return output_of(torch.func.functional_call(module, dict(zip(spans, tensors, strict=True)), *call))
+        def output(part: Tensor, states: Tensor) -> Tensor:
+            args, kwargs = with_states(call, states)
+            return output_of(torch.func.functional_call(module, adapted.tensors(layer, part), args, kwargs))
 
-        pull: Callable[[Tensor], tuple[Tensor, ...]]
-        pull = torch.func.vjp(output, *(theta[start:stop].reshape(shape) for start, stop, shape in spans.values()))[1]
-        return [part.reshape(-1) for part in pull(delta)]
+        differentiated: Any = torch.func.vjp(output, theta[layer.start : layer.stop], states_of(call))
+        return differentiated[1](delta)
 
 
 class Place:

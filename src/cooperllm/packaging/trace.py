@@ -60,26 +60,27 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
             return graphs, []
         push = torch.zeros(*batch.mask.shape, model.adapted.width)
         first = (given, batch.mask, batch.labels, shift, theta)
-        traced = _exported(watched, (*first, theta[model.adapted.exact_start :], push), (rows, rows, examples, None, None, None, rows))
+        pushed = (*first, theta[model.adapted.exact_start :], push, push.clone())  # one tensor twice would be one input to a trace
+        traced = _exported(watched, pushed, (rows, rows, examples, None, None, None, rows, rows))
         observe = Observe(traced.module(), model.adapted.exact_start, model.adapted.width)
-        seen = watched(*first, theta[model.adapted.exact_start :], push)[1:]
+        seen = watched(*pushed)[1:]
         names = [f"seen_{place}" for place in range(len(seen))]
         graphs[OBSERVE] = _onnx(
             _functional(observe, first),
             first,
             (rows, rows, examples, None, None),
             ["given", "mask", "labels", "shift", "theta"],
-            ["losses", "at_top", "exact", *names],
+            ["losses", "at_input", "at_output", "exact", *names],
         )
         if not model.adapted.below:
             return graphs, []
-        deltas = [push for _ in model.adapted.below]
-        arguments = (theta, *deltas, *seen)
+        deltas = [push.clone() for _ in model.adapted.below]
+        arguments = (theta, torch.ones(()), *deltas, *seen)
         graphs[PULL_BACK] = _onnx(
             _functional(PullBack(model, watched), arguments),
             arguments,
-            [None, *(dict.fromkeys(range(tensor.dim()), either) for tensor in arguments[1:])],
-            ["theta", *(f"delta_{number}" for number in range(len(deltas))), *names],
+            [None, None, *(dict.fromkeys(range(tensor.dim()), either) for tensor in arguments[2:])],
+            ["theta", "carried", *(f"delta_{number}" for number in range(len(deltas))), *names],
             ["gradient"],
         )
     return graphs, watched.outputs
