@@ -1,31 +1,37 @@
-"""The feedback guide: the cloud sends maps from the loss's gradient at the last layer to that at the outputs of the layers below.
+"""Gradients with one layer in memory at a time, and the feedback guide: maps that predict what would be carried from layer to layer.
 
-    δᴸ_t = ∂f/∂h_t                                                  (1)  gradient at the last layer's output h, exact
-    e_k  = <q_k, Σ_t δᴸ_t>                                          (2)  a text's part of it along K directions q
-    φ_t  = [ 1, Vᵀ y_t, Vᵀ mean_s y_s ]                             (3)  features of token t at the output y of a layer below
-    δ_t  = δᴸ_t + (1/T) Σ_k e_k M_kᵀ φ_t                            (4)  predicted gradient of the loss at y
-    M_k  = argmin Σ_t | T (∂c_k/∂y_t - a_t q_k) - M_kᵀ φ_t |² + ridge |M_k|²,   c_k = Σ_t a_t <q_k, h_t>     (5)  the cloud's fit
-    ê    = Σ_t δ_tᵀ ∂y_t/∂w                                         (6)  gradient of the layer's own parameters w, exact but for δ
-    ĝ_b  = γ_b ê_b,   γ_b = Σ_i <g_i, ê_ib> / Σ_i |ê_ib|²           (7)  slopes measured along an estimate say how much is true
+    δ_t  = ∂f/∂y_t                                                  (1)  gradient at a layer's output y, for token t
+    ê    = Σ_t δ_tᵀ ∂y_t/∂w                                         (2)  gradient of the layer's own parameters w, exact but for δ
+    δ'_t = Σ_s δ_sᵀ ∂y_s/∂x_t                                       (3)  at the layer's input x, which is the output of the layer below
 
-Layers add to what they are given, so a gradient at the last layer's output is, to a first approximation, the gradient at every output
-below: (4) without maps. What the layers between do to it is a property of the model, not of the data, and can be learnt on any text the
-model reads; labels play no part. Nor does the head: maps know directions of the last hidden state, not classes, and stay true while a head
-grows. a_t is the share of token t in what the readout takes from a text: 1/T for a mean, 1 or 0 for a last token.
+A device runs one forward pass, during which the last layer and the readout are differentiated, and keeps what each adapted layer below was
+given. Then each of these, from the last one down, runs once more and is differentiated alone, by (2) and (3): back-propagation, with the
+memory of one layer and no autograd through the model. That is what happens without maps, the default.
 
-A device runs one forward pass for (1), during which the last layer and the readout are differentiated exactly, and a second up to the
-layer before, in which each adapted layer's part (6) is taken while that layer is at hand: memory holds one layer at a time. (7) takes two
-more forward passes per block b: feedback gives directions, zeroth-order gives coefficients. A bad map has γ near 0 and is ignored; one
-that has come to point the wrong way has γ below 0 and is turned round.
+With maps nothing is carried: the cloud has learnt on public text what arrives at each layer.
+
+    e_k  = <q_k, Σ_t δᴸ_t>                                          (4)  a text's gradient at the last layer's output along K directions q
+    φ_t  = [ 1, Vᵀ y_t, Vᵀ mean_s y_s ]                             (5)  features of token t
+    δ_t  = δᴸ_t + (1/T) Σ_k e_k M_kᵀ φ_t                            (6)  predicted gradient of the loss at y
+    M_k  = argmin Σ_t | T (∂c_k/∂y_t - a_t q_k) - M_kᵀ φ_t |² + ridge |M_k|²,   c_k = Σ_t a_t <q_k, h_t>     (7)  the cloud's fit
+    ĝ_b  = γ_b ê_b,   γ_b = Σ_i <g_i, ê_ib> / Σ_i |ê_ib|²           (8)  slopes measured along an estimate say how much is true
+
+Layers add to what they are given, so (6) without M is most of the truth in shallow models. What the layers between do is a property of the
+model, not of the data, and can be learnt on any text it reads; labels play no part. Nor does the head: maps know directions of the last
+hidden state h, not classes, and stay true while a head grows. a_t is the share of token t in what the readout takes from a text: 1/T for a
+mean, 1 or 0 for a last token. (8) takes two more forward passes per block b: feedback gives directions, zeroth-order gives coefficients. A
+bad map has γ near 0 and is ignored; one that has come to point the wrong way has γ below 0 and is turned round.
 
 Where it comes from: feedback alignment puts fixed random matrices in the place of M and lets the network adapt to them; here M is fitted
-to the network. Synthetic gradients learn (4) on the private data while they train; here public inputs suffice, and labels are never used.
+to the network. Synthetic gradients learn (6) on the private data while they train; here public inputs suffice, and labels are never used.
+Running a layer once more from its input is gradient checkpointing with a segment for each layer.
 
 Dimension key: N tokens of a batch (padding left out), B examples, C classes, D hidden size, K directions, c components,
 F = 1 + 2c features.
 
 References:
     Lillicrap et al., 2016, Random synaptic feedback weights support error backpropagation. Nøkland, 2016, arXiv:1609.01596.
+    Chen et al., 2016, Training deep nets with sublinear memory cost, arXiv:1604.06174.
     Jaderberg et al., 2017, Decoupled neural interfaces using synthetic gradients, arXiv:1608.05343, Eq. (2).
     Maheswaranathan et al., 2018, Guided evolutionary strategies, arXiv:1806.10230.
 """
@@ -97,7 +103,7 @@ def sums_of_texts(values: Float32[np.ndarray, "N w"], batch: Tokens) -> Float32[
 
 
 def features(activation: Float32[np.ndarray, "N D"], batch: Tokens, basis: Float32[np.ndarray, "D c"]) -> Float32[np.ndarray, "N F"]:
-    """Describes each token by itself and by its sentence, eq. (3).
+    """Describes each token by itself and by its sentence, eq. (5).
 
     Args:
         activation: A layer's output y, shape [N, D].
@@ -125,7 +131,7 @@ def deltas(
     directions: Float32[np.ndarray, "K D"],
     maps: Float32[np.ndarray, "K F D"],
 ) -> Float32[np.ndarray, "N D"]:
-    """Predicts the gradient of the loss at a layer's output, eq. (2) and (4).
+    """Predicts the gradient of the loss at a layer's output, eq. (4) and (6).
 
     Args:
         top: δᴸ, the gradient at the last layer's output, shape [N, D]; not modified.
@@ -177,7 +183,7 @@ def gradient_moments(jacobian: Float32[np.ndarray, "B C D"], probabilities: Floa
 
 
 def main_directions(moments: Float64[np.ndarray, "D D"], most: int) -> Float32[np.ndarray, "K D"]:
-    """Chooses the directions q of eq. (2): orthonormal, those first along which gradients are long; quiet ones are left out.
+    """Chooses the directions q of eq. (4): orthonormal, those first along which gradients are long; quiet ones are left out.
 
     Args:
         moments: Second moments of gradients, shape [D, D].
@@ -197,7 +203,7 @@ def main_directions(moments: Float64[np.ndarray, "D D"], most: int) -> Float32[n
 
 
 def token_shares(jacobian: Float32[np.ndarray, "C N D"], batch: Tokens) -> Float32[np.ndarray, "N"]:
-    """Says how much of what the readout takes from a text each token gives, a of eq. (5).
+    """Says how much of what the readout takes from a text each token gives, a of eq. (7).
 
     Args:
         jacobian: Derivative of each score at each token's last hidden state, shape [C, N, D].
@@ -218,7 +224,7 @@ def token_shares(jacobian: Float32[np.ndarray, "C N D"], batch: Tokens) -> Float
 
 
 def principal_components(activation: Float32[np.ndarray, "N D"], count: int) -> Float32[np.ndarray, "D c"]:
-    """Finds the basis V of eq. (3), scaled so that features are of the order of 1.
+    """Finds the basis V of eq. (5), scaled so that features are of the order of 1.
 
     Args:
         activation: A layer's outputs on public text, shape [N, D].
@@ -238,7 +244,7 @@ def principal_components(activation: Float32[np.ndarray, "N D"], count: int) -> 
 
 @dataclass(kw_only=True)
 class Moments:
-    """Running sums from which a layer's maps follow, eq. (5): a cloud never needs to keep an activation.
+    """Running sums from which a layer's maps follow, eq. (7): a cloud never needs to keep an activation.
 
     Attributes:
         xx: Σ φ φᵀ, shape [F, F].
@@ -256,7 +262,7 @@ class Moments:
         return cls(xx=np.zeros((num_features, num_features)), xy=np.zeros((num_directions, num_features, size)))
 
     def add(self, described: Float32[np.ndarray, "N F"], targets: Sequence[Float32[np.ndarray, "N D"]]) -> None:
-        """Adds a batch: features, and for each direction what eq. (5) wants predicted."""
+        """Adds a batch: features, and for each direction what eq. (7) wants predicted."""
         self.xx += described.T @ described
         for direction, target in enumerate(targets):
             self.xy[direction] += described.T @ target
@@ -272,7 +278,7 @@ class Moments:
         return Moments(xx=self.xx, xy=self.xy - self.xx @ held, yy=self.unexplained(held) * self.yy)
 
     def solve(self, ridge: float) -> Float64[np.ndarray, "K F D"]:
-        """Solves eq. (5) for one ridge strength, a share of the mean diagonal of Σ φ φᵀ."""
+        """Solves eq. (7) for one ridge strength, a share of the mean diagonal of Σ φ φᵀ."""
         damped = self.xx + ridge * max(float(self.xx.diagonal().mean()), 1e-30) * np.eye(len(self.xx))
         return np.linalg.solve(damped[None], self.xy)
 
@@ -283,7 +289,7 @@ class Moments:
 
 
 def fit(kept: Moments, held_out: Moments) -> tuple[Float32[np.ndarray, "K F D"], float, float]:
-    """Fits a layer's maps, eq. (5), with the ridge strength that predicts held-out public examples best.
+    """Fits a layer's maps, eq. (7), with the ridge strength that predicts held-out public examples best.
 
     Args:
         kept: Sums over examples to fit on.
@@ -305,7 +311,7 @@ def fit(kept: Moments, held_out: Moments) -> tuple[Float32[np.ndarray, "K F D"],
 
 
 def gains(agreement: Float32[np.ndarray, "b"], energy: Float32[np.ndarray, "b"]) -> Float32[np.ndarray, "b"]:
-    """Says how much of each block's estimate is true, eq. (7).
+    """Says how much of each block's estimate is true, eq. (8).
 
     A gain below 0 is kept: what was measured is a slope, so that a step along γ ê leads down on these examples whatever the sign.
 
@@ -345,7 +351,7 @@ def shortened(vector: Float32[np.ndarray, "n"], length: float) -> Float32[np.nda
 def rectified(
     estimate: Float32[np.ndarray, "n"], blocks: Sequence[tuple[int, int]], factors: Float32[np.ndarray, "b"]
 ) -> Float32[np.ndarray, "n"]:
-    """Scales each block of an estimate by its gain, eq. (7); what lies in no block is exact and stays.
+    """Scales each block of an estimate by its gain, eq. (8); what lies in no block is exact and stays.
 
     Args:
         estimate: ê, shape [n]; not modified.

@@ -1,14 +1,15 @@
-"""The feedback arm: devices estimate their own gradients with the cloud's maps, and measure how much of each block is true.
+"""The feedback arm: devices take local steps along their own gradients, one layer in memory at a time.
 
     ê_i  = (1/S) Σ_s ê_is,   θ_i,s+1 = θ_is - η_i ê_is,   θ_i0 = θ           (1)  S local steps, each on a batch of its own;
            ê_is = ê(θ_is), cut to the length of ê_i0                             no longer than the first
-    ĝ    = mean_i ê_i, each block b times its gain γ_b                      (2)  `algorithm.feedback`, eq. (7), γ measured along ê(θ_i0)
+    ĝ    = mean_i ê_i, each block b times its gain γ_b                      (2)  `algorithm.feedback`, eq. (8), γ measured along ê(θ_i0)
     d    = ĝ + what slopes along columns and random probes say beyond ĝ      (3)  `algorithm.measured`, eq. (3)-(4), with λ = 0
 
-With maps that are worth nothing every γ falls to 0, and the exact gradient of the last layer and of a head remains. Of q two-point queries
-four local steps take five (`config.passes_of_estimates`) and each block one; the rest goes to columns and random directions. Local steps
-are those of federated averaging, with estimates in the place of back-propagation. Where the loss has become too sharp for them a walk runs
-up the walls of its valley and its last estimate, many times longer than the first, would drown the others: hence the cut.
+Without maps, the default, ê is the gradient itself and no block is measured: γ = 1. With maps that are worth nothing every γ falls to 0, and
+the exact gradient of the last layer and of a head remains. Of q two-point queries two local steps take three
+(`config.passes_of_estimates`) and each block one; the rest goes to columns and random directions. Local steps are those of federated
+averaging. Where the loss has become too sharp for them a walk runs up the walls of its valley and its last estimate, many times longer than
+the first, would drown the others: hence the cut.
 
 Where queries are left, the first column is the server's momentum. What maps get wrong in the same way every round adds up there, and its
 measured slope is what stops it.
@@ -31,7 +32,7 @@ from cooperllm.messages import Feedback, Plan
 
 
 class FeedbackArm(MeasuredArm):
-    """Maps from the cloud, estimates from the devices, slopes to keep them honest."""
+    """Gradients from the devices, or estimates with maps from the cloud and slopes to keep them honest."""
 
     has_maps = True
     prefers_momentum = True

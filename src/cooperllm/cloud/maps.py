@@ -212,7 +212,7 @@ def _by_text(seen: _Seen) -> np.ndarray:
 
 
 def _examples(seen: _Seen, frame: DecodedMaps) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Features and targets of each mapped layer's tokens, `algorithm.feedback`, eq. (5)."""
+    """Features and targets of each mapped layer's tokens, `algorithm.feedback`, eq. (7)."""
     tokens, top = seen.tokens, seen.outputs[-1]
     shares = feedback.token_shares(seen.jacobian, tokens)[:, None]
     lengths = tokens.lengths[tokens.owner][:, None].astype(np.float32)

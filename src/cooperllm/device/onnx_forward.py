@@ -215,7 +215,7 @@ def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
 def _predicted(
     maps: DecodedMaps, mask: Int64[np.ndarray, "B T"], at_top: Float32[np.ndarray, "B T D"], outputs: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """What maps predict at the outputs of the layers below the last one, `algorithm.feedback`, eq. (3)-(4)."""
+    """What maps predict at the outputs of the layers below the last one, `algorithm.feedback`, eq. (5)-(6)."""
     is_token, tokens, deltas = mask > 0, feedback.tokens(mask), list[np.ndarray]()
     for layer, output in zip(maps.layers, outputs, strict=True):
         deltas.append(np.zeros_like(at_top))

@@ -157,7 +157,7 @@ class TorchForward:
 
 
 class _Mapped:
-    """What maps predict for a batch, `algorithm.feedback`, eq. (4)."""
+    """What maps predict for a batch, `algorithm.feedback`, eq. (5)-(6)."""
 
     def __init__(self, maps: DecodedMaps, batch: Any, at_top: torch.Tensor) -> None:
         self._maps, self._is_token = maps, batch.mask > 0
