@@ -5,8 +5,8 @@
     ĝ    = mean_i ê_i, each block b times its gain γ_b                      (2)  `algorithm.feedback`, eq. (8), γ measured along ê(θ_i0)
     d    = ĝ + what slopes along columns and random probes say beyond ĝ      (3)  `algorithm.measured`, eq. (3)-(4), with λ = 0
 
-Without maps, the default, ê is the gradient itself and no block is measured: γ = 1. With maps that are worth nothing every γ falls to 0, and
-the exact gradient of the last layer and of a head remains. Of q two-point queries two local steps take three
+Without maps, the default, ê is the gradient itself and no block is measured. With maps that are worth nothing every γ falls to 0, and the
+exact gradient of the last layer and of a head remains. Of q two-point queries two local steps take three
 (`config.passes_of_estimates`) and each block one; the rest goes to columns and random directions. Local steps are those of federated
 averaging. Where the loss has become too sharp for them a walk runs up the walls of its valley and its last estimate, many times longer than
 the first, would drown the others: hence the cut.
