@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from cooperllm.device.governor import Trial
+from cooperllm.device.settings import Settings
 from cooperllm.device.trial import ESTIMATE, SLOPES
 
 
@@ -19,18 +20,25 @@ def settings_table(trials: Sequence[Trial], choice: Trial, budget_mib: float | N
     Returns:
         A table with a row for each, the choice marked.
     """
-    table = Table(title="settings, each in a process of its own", title_justify="left", title_style="bold")
+    table = Table(title="settings, each in a process of its own: MiB at the peak, CPU ms", title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
-    for name in ("pass", "prefix", "graphs", "weights", "arena"):
+    table.add_column("rows", justify="right")
+    for name in ("states", "graphs", "weights", "arena"):
         table.add_column(name)
-    for name in ("peak MiB", "query ms", "estimate ms"):
+    for name in ("MiB", "query", "estimate"):
         table.add_column(name, justify="right")
     for trial in trials:
         found = trial.findings
         mark = "→" if trial is choice else "over" if budget_mib is not None and found.peak_mib > budget_mib else ""
         times = (f"{1e3 * found.cpu_s(name):.1f}" if found.cpu_s(name) else "-" for name in (SLOPES, ESTIMATE))
-        table.add_row(mark, *trial.settings.words, f"{found.peak_mib:.0f}", *times)
+        table.add_row(mark, *_cells(trial.settings), f"{found.peak_mib:.0f}", *times)
     return table
+
+
+def _cells(settings: Settings) -> tuple[str, ...]:
+    states = "memory" if settings.states_directory is None else "disk"
+    graphs, weights = "all" if settings.keeps_graphs else "phase's", "packed" if settings.packs_weights else "mapped"
+    return str(settings.rows_per_pass), states, graphs, weights, "yes" if settings.has_arena else "no"
 
 
 def phases_table(choice: Trial) -> Table:
