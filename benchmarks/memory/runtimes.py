@@ -216,8 +216,11 @@ def torch_step(setting: Setting, row: str, work: Path) -> tuple[Callable[[], obj
 
 def onnx_step(setting: Setting, row: str, work: Path) -> tuple[Callable[[], object], int, float]:
     """Our work from a device package: (one step, how often, memory after imports)."""
-    from cooperllm.device.onnx_forward import OnnxForward, open_package  # noqa: PLC0415 -- after the memory of nothing has been read
+    from cooperllm.device.graphs import loader  # noqa: PLC0415 -- rows of PyTorch must not load another runtime
+    from cooperllm.device.onnx_forward import OnnxForward, open_package  # noqa: PLC0415 -- the same
+    from cooperllm.device.settings import GraphLibrary  # noqa: PLC0415 -- the same
 
+    loader(GraphLibrary.ONNX_RUNTIME)  # which imports it
     name, _, kind = row.rpartition(" ")
     path = package_of(setting, Variant(name), work)
     if not path.exists():

@@ -16,6 +16,7 @@ from cooperllm.cloud import Cloud, GuideMaker, MapFitter
 from cooperllm.config import UNLABELLED, ArmName, RunConfig, RuntimeName, Variant
 from cooperllm.data import Task, Texts
 from cooperllm.device import Host, Runtime
+from cooperllm.device.settings import GraphLibrary, Settings
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.edge import Edge
 from cooperllm.errors import ConfigError
@@ -25,7 +26,7 @@ from cooperllm.run_directory import RunDirectory
 DATA, INITIAL = 1 << 32, 2 << 32
 """Children of the run's seed; rounds are its first 2³² children."""
 
-VARIANTS = {RuntimeName.ONNX: Variant.FP32, RuntimeName.ONNX_INT8: Variant.INT8}
+VARIANTS = {RuntimeName.ONNX: Variant.FP32, RuntimeName.ONNX_INT8: Variant.INT8, RuntimeName.OPENVINO: Variant.FP32}
 """Packages of the runtimes that need one."""
 
 
@@ -154,7 +155,7 @@ class Assembly:
                 for shard in material.shards
             ]
         else:
-            runtimes = _runtimes_of_package(self.package_path, material, self.config.memory_mib, adjustment)
+            runtimes = _runtimes_of_package(self.package_path, self.config.runtime, material, self.config.memory_mib, adjustment)
         return Host(runtimes, self.start, self.config.optimizer, self.directory.updates)
 
     @property
@@ -224,11 +225,14 @@ def initial_theta(config: RunConfig, model: Model) -> Float32[np.ndarray, "n"]:
     return model.initial_parameters(noise.derive(config.seed, INITIAL))
 
 
-def _runtimes_of_package(path: Path, material: Material, memory_mib: float | None, adjustment: float) -> list[Runtime]:
+def _runtimes_of_package(
+    path: Path, runtime: RuntimeName, material: Material, memory_mib: float | None, adjustment: float
+) -> list[Runtime]:
     """Devices that share a package; they read the private texts with its tokeniser, as a device elsewhere would."""
     from cooperllm.device.onnx_forward import OnnxForward, open_package  # noqa: PLC0415 -- a run on PyTorch does not load a second runtime
 
-    package, private = open_package(path), material.task.private
+    library = GraphLibrary.OPENVINO if runtime is RuntimeName.OPENVINO else GraphLibrary.ONNX_RUNTIME
+    package, private = open_package(path, Settings(library=library)), material.task.private
     examples = package.encode(private.texts, private.second_texts, private.labels)
     return [OnnxForward(package, examples, shard.tolist(), memory_mib, adjustment) for shard in material.shards]
 

@@ -68,7 +68,7 @@ PartitionKind = Annotated[Partition | None, typer.Option("--partition", help="Ho
 PartitionColumn = Annotated[str | None, typer.Option("--partition-column", help="Column whose values are the devices.")]
 Alpha = Annotated[float | None, typer.Option("--dirichlet-alpha", help="Concentration of the Dirichlet partition.")]
 Engine = Annotated[EngineName | None, typer.Option("--engine", help="What carries messages; all give the same numbers.")]
-Runtime = Annotated[RuntimeName | None, typer.Option("--runtime", help="What runs forward on a device: PyTorch, or ONNX Runtime.")]
+Runtime = Annotated[RuntimeName | None, typer.Option("--runtime", help="What runs forward on a device: PyTorch, or a package.")]
 MemoryMib = Annotated[float | None, typer.Option("--memory-mib", help="Memory for batched points on a device; one by one by default.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Step size; the recipe's by default.")]
 OptimizerName = Annotated[

@@ -1,8 +1,9 @@
-"""One contract for both runtimes, PyTorch and ONNX Runtime, and what a device package refuses.
+"""One contract for all runtimes, PyTorch, ONNX Runtime and OpenVINO, and what a device package refuses.
 
 Run: pytest tests/system/test_runtimes.py
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -24,11 +25,13 @@ from cooperllm.cloud import MapFitter
 from cooperllm.config import AdapterKind, ArmName, EngineName, Objective, RunConfig, RuntimeName, SourceConfig, Variant
 from cooperllm.device.onnx_forward import OnnxForward, open_package
 from cooperllm.device.runtime import Runtime, Trainer
+from cooperllm.device.settings import GraphLibrary, Settings
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError, PackageError
 from cooperllm.run_directory import RunDirectory
 
 CHOSEN = list(range(8))
+NAMES = ["torch", "onnx", "openvino"]
 IA3 = "--adapter ia3 --target-modules k_proj,v_proj --set model.objective=head --set model.last_layers=null --set model.label_words=[]"
 
 
@@ -87,7 +90,7 @@ def default_model(_onnx_run, directory):
 
 @pytest.fixture(scope="module", params=[label_words, last_layer_alone, ia3_with_head, default_model], ids=lambda make: make.__name__)
 def pair(request, tmp_path_factory):
-    """The same device twice, at a θ where every gradient is alive."""
+    """The same device by each runtime, at a θ where every gradient is alive."""
     config, path = request.param(request.getfixturevalue("onnx_run"), tmp_path_factory.mktemp("pair"))
     material, package = Material(config), open_package(path)
     model, texts = material.model, material.task.private
@@ -96,6 +99,7 @@ def pair(request, tmp_path_factory):
     runtimes = {
         "torch": TorchForward(model, material.private, shard, None, 1.0),
         "onnx": OnnxForward(package, examples, shard, None, 1.0),
+        "openvino": OnnxForward(open_package(path, Settings(library=GraphLibrary.OPENVINO)), examples, shard, None, 1.0),
     }
     theta = package.theta + 0.02 * np.sin(np.arange(len(package.theta), dtype=np.float32))
     fitter = MapFitter(model, material.public, num_examples=32, num_components=8, rank=8, bits=8, most_blocks=2)
@@ -119,10 +123,10 @@ def gradient_of(pair):
     return torch.autograd.grad(torch.nn.functional.cross_entropy(scores, batch.labels), point)[0].numpy()
 
 
-# What both give.
+# What all give.
 
 
-@pytest.mark.parametrize("name", ["torch", "onnx"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_runtime_keeps_the_seam_and_only_pytorch_back_propagates(pair, name):
     assert isinstance(pair.runtimes[name], Runtime)
     assert isinstance(pair.runtimes[name], Trainer) is (name == "torch")
@@ -140,7 +144,8 @@ def test_both_read_texts_as_the_same_tokens(pair):
 def test_losses_agree(pair):
     found = [runtime.evaluate(CHOSEN)[0](points(pair, 3)) for runtime in pair.runtimes.values()]
     # Float32 losses near 1 have steps of 1.2e-7; a pass adds up some hundred terms.
-    np.testing.assert_allclose(found[0], found[1], atol=2e-6)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=2e-6)
     assert np.ptp(found[0]) > 1e-4
 
 
@@ -150,17 +155,17 @@ def test_slopes_agree_relative_to_the_gradient(pair):
         for runtime in pair.runtimes.values()
     ]
     length = np.linalg.norm(gradient_of(pair))
-    np.testing.assert_allclose(found[0], found[1], atol=1e-5 * length)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5 * length)
     assert np.abs(found[0]).max() > 0.01 * length
 
 
 @pytest.mark.parametrize("has_maps", [False, True])
 def test_estimates_agree(pair, has_maps):
-    (first, loss), (second, other) = (
-        runtime.estimate(pair.theta, CHOSEN, pair.maps if has_maps else None) for runtime in pair.runtimes.values()
-    )
-    assert loss == pytest.approx(other, abs=2e-6)
-    assert np.linalg.norm(first - second) <= 1e-5 * np.linalg.norm(first)
+    (first, loss), *others = (runtime.estimate(pair.theta, CHOSEN, pair.maps if has_maps else None) for runtime in pair.runtimes.values())
+    for second, other in others:
+        assert loss == pytest.approx(other, abs=2e-6)
+        assert np.linalg.norm(first - second) <= 1e-5 * np.linalg.norm(first)
     assert np.abs(first).max() > 1e-4
 
 
@@ -175,7 +180,7 @@ def test_from_the_last_layer_on_estimates_are_gradients(pair):
 # What each keeps.
 
 
-@pytest.mark.parametrize("name", ["torch", "onnx"])
+@pytest.mark.parametrize("name", NAMES)
 def test_one_point_and_several_in_a_pass_agree(pair, name):
     losses = pair.runtimes[name].evaluate(CHOSEN)[0]
     several = points(pair, 5)
@@ -184,14 +189,14 @@ def test_one_point_and_several_in_a_pass_agree(pair, name):
         np.testing.assert_allclose(losses(several[:count]), losses(several)[:count], atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["torch", "onnx"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_batch_has_the_mean_of_its_examples_losses(pair, name):
     runtime = pair.runtimes[name]
     alone = [runtime.evaluate([index])[0](pair.theta[None])[0] for index in CHOSEN]
     assert runtime.evaluate(CHOSEN)[0](pair.theta[None])[0] == pytest.approx(np.mean(alone), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["torch", "onnx"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_runtime_never_moves_what_it_is_given(pair, name):
     runtime, given, theta = pair.runtimes[name], points(pair, 2), pair.theta.copy()
     before = given.tobytes(), theta.tobytes()
@@ -219,11 +224,11 @@ def test_a_memory_budget_decides_how_passes_are_cut_and_changes_nothing(pair):
     np.testing.assert_allclose(small[0](given), large[0](given), atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["torch", "onnx"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_memory_budget_cuts_an_estimate_in_parts_and_changes_nothing(pair, name):
     """A budget for no more than one text: every text has a pass of its own."""
     whole, budget = pair.runtimes[name], pair.package.manifest.widths.activation_mib(1, 8)
-    arguments = (pair.material.model, pair.material.private) if name == "torch" else (pair.package, pair.examples)
+    arguments = (pair.material.model, pair.material.private) if name == "torch" else (whole._package, pair.examples)
     parts = type(whole)(*arguments, whole.shard, budget, 1.0)
     (expected, loss), (found, other) = (runtime.estimate(pair.theta, CHOSEN, pair.maps) for runtime in (whole, parts))
     assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)  # padding moves scores by some 1e-5
@@ -268,16 +273,46 @@ import sys
 import numpy as np
 import cooperllm.device
 from cooperllm.device.onnx_forward import OnnxForward, open_package
-package = open_package(sys.argv[1])
+from cooperllm.device.settings import GraphLibrary, Settings
+package = open_package(sys.argv[1], Settings(library=GraphLibrary(sys.argv[2])))
 device = OnnxForward(package, package.encode(["a fine film", "a bad one"], None, [1, 0]), [0, 1], None, 1.0)
 print(device.evaluate([0, 1])[0](np.stack([package.theta, package.theta])).tolist(), device.estimate(package.theta, [0, 1], None)[1])
-print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "peft", "datasets", "onnx", "safetensors"}))
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "peft", "datasets", "onnx", "safetensors",
+"onnxruntime", "openvino"}))
 """
 
 
-def test_a_device_has_never_imported_pytorch(onnx_run):
-    found = subprocess.run([sys.executable, "-c", ALONE, str(onnx_run.path / "package")], check=True, capture_output=True, text=True)
-    assert found.stdout.splitlines()[-1] == "[]"
+@pytest.mark.parametrize("library", list(GraphLibrary))
+def test_a_device_has_never_imported_pytorch_nor_a_library_that_it_does_not_use(onnx_run, library):
+    command = [sys.executable, "-c", ALONE, str(onnx_run.path / "package"), library.value]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[-1] == f"['{library.value}']"
+
+
+@pytest.mark.parametrize("library", list(GraphLibrary))
+def test_a_graph_that_a_library_cannot_read_is_refused_with_its_name_and_version(package, library):
+    """The manifest agrees with the file, so that only the library can tell."""
+    content = b"no graph at all"
+    (package / "losses.onnx").write_bytes(content)
+    files = json.loads((package / "manifest.json").read_text())["files"]
+    edit(package, files=files | {"losses.onnx": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+    with pytest.raises(PackageError, match=rf"losses.onnx does not run in {library.value} [0-9.]+"):
+        open_package(package, Settings(library=library))
+
+
+def test_a_run_on_openvino_writes_a_package_and_goes_as_one_on_onnx_runtime_does(onnx_run, tmp_path):
+    run = cooperllm.run(replace(tiny(RuntimeName.OPENVINO), num_rounds=1), tmp_path / "run")
+    (update, *_), (expected, *_) = (list(RunDirectory(one.path).updates()) for one in (run, onnx_run))
+    assert update.loss == pytest.approx(expected.loss, abs=2e-6)
+    assert open_package(run.path / "package").manifest.golden == open_package(onnx_run.path / "package").manifest.golden
+
+
+def test_a_library_that_is_not_installed_is_named_with_its_extra(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "cooperllm.device.openvino_graph", raising=False)
+    with pytest.raises(ConfigError, match=r"found no module 'openvino', expected openvino; pip install 'cooperllm\[openvino\]'"):
+        open_package(package, Settings(library=GraphLibrary.OPENVINO))
 
 
 # Packages that are not what they say.

@@ -35,11 +35,12 @@ class Variant(Enum):
 
 
 class RuntimeName(Enum):
-    """What computes a device's forward passes: PyTorch, or ONNX Runtime from a device package."""
+    """What computes a device's forward passes: PyTorch, or ONNX Runtime or OpenVINO from a device package."""
 
     TORCH = "torch"
     ONNX = "onnx"
     ONNX_INT8 = "onnx-int8"
+    OPENVINO = "openvino"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

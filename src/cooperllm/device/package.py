@@ -11,13 +11,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import onnxruntime
 from jaxtyping import Int64
-from onnxruntime import InferenceSession, SessionOptions  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue] -- compiled
-from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors  # pyright: ignore[reportAttributeAccessIssue] -- compiled
 from tokenizers import Tokenizer
 
 from cooperllm.config import Objective
+from cooperllm.device.graphs import Graph, loader
 from cooperllm.device.manifest import MANIFEST, OBSERVE, PACKAGE_VERSION, PULL_BACK, THETA, TOKENIZER, Manifest
 from cooperllm.device.settings import Settings
 from cooperllm.device.states import States, StatesInMemory, StatesOnDisk
@@ -26,17 +24,6 @@ from cooperllm.errors import ConfigError, PackageError
 LARGEST_MANIFEST_BYTES = 1 << 20
 FEEDBACK_GRAPHS = (OBSERVE, PULL_BACK)
 """They take turns within one estimate."""
-
-ERRORS: tuple[type[Exception], ...] = (
-    runtime_errors.Fail,
-    runtime_errors.InvalidArgument,
-    runtime_errors.InvalidGraph,
-    runtime_errors.InvalidProtobuf,
-    runtime_errors.NoSuchFile,
-    runtime_errors.NotImplemented,
-    runtime_errors.RuntimeException,
-)
-"""What ONNX Runtime raises; they have no common base of their own."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,7 +61,8 @@ class Package:
         self.states: States = StatesInMemory()
         self._digest = digest
         self._num_threads = num_threads
-        self._sessions: dict[str, InferenceSession] = {}
+        self._load = loader(settings.library)
+        self._graphs: dict[str, Graph] = {}
         self._tokenizer = _tokenizer(path / TOKENIZER)
 
     def run(self, graph: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -90,15 +78,7 @@ class Package:
         Raises:
             PackageError: If the graph cannot be loaded or run here.
         """
-        try:
-            session = self._sessions.get(graph) or self._loaded(graph)
-            outputs = session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
-        except ERRORS as error:
-            raise PackageError(
-                f"{self.path / graph}.onnx does not run in onnxruntime {onnxruntime.__version__} ({str(error).strip().splitlines()[0]}); "
-                "install another onnxruntime, or write the package anew with `cooperllm package`"
-            ) from error
-        return {one.name: np.asarray(output) for one, output in zip(session.get_outputs(), outputs, strict=True)}
+        return (self._graphs.get(graph) or self._loaded(graph)).run(given)
 
     def open_states(self) -> None:
         """Begins to keep states where the settings say; those known so far are forgotten."""
@@ -113,7 +93,7 @@ class Package:
         Args:
             others: Graphs that stay.
         """
-        self._sessions = {name: session for name, session in self._sessions.items() if name in others}
+        self._graphs = {name: graph for name, graph in self._graphs.items() if name in others}
 
     def encode(self, texts: Sequence[str], second_texts: Sequence[str] | None, labels: Sequence[int]) -> DeviceExamples:
         """Tokenises texts, cut at the package's number of tokens.
@@ -152,21 +132,11 @@ class Package:
         cut = [self._tokenizer.decode(part, skip_special_tokens=False) for part in parts]
         return self._tokenizer.encode(prompt.format(text=cut[0], text2=cut[1])).ids
 
-    def _loaded(self, graph: str) -> InferenceSession:
+    def _loaded(self, name: str) -> Graph:
         if not self.settings.keeps_graphs:
-            self.release(*(FEEDBACK_GRAPHS if graph in FEEDBACK_GRAPHS else ()))
-        self._sessions[graph] = session = InferenceSession(self.path / f"{graph}.onnx", self._options())
-        return session
-
-    def _options(self) -> Any:
-        options: Any = SessionOptions()
-        options.intra_op_num_threads = self._num_threads
-        options.enable_cpu_mem_arena = self.settings.has_arena  # an arena keeps the largest pass for ever
-        options.enable_mem_pattern = self.settings.has_arena  # the same, for one shape each
-        options.log_severity_level = 3
-        if not self.settings.packs_weights:  # packed copies are private memory; as they are in the file, they are clean pages
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        return options
+            self.release(*(FEEDBACK_GRAPHS if name in FEEDBACK_GRAPHS else ()))
+        self._graphs[name] = graph = self._load(self.path / f"{name}.onnx", self.settings, self._num_threads)
+        return graph
 
 
 def read_package(path: Path | str, settings: Settings | None = None, *, num_threads: int = 1) -> Package:

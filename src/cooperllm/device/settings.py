@@ -1,6 +1,7 @@
-"""How a device spends memory: what its passes hold, where states live, whether weights are packed. Results stay the same."""
+"""How a device computes and spends memory: by which library, what its passes hold, where states live. Results stay the same."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 DEFAULT_ROWS = 128
 """Tokens times points of one pass: more are no faster on the default model and take 30 MiB more, docs/devices.md. One point with more
@@ -9,11 +10,24 @@ examples is faster than two with fewer: each point multiplies with factors of it
 DEFAULT_QUOTA_MIB = 256.0
 
 
+class GraphLibrary(Enum):
+    """What computes the graphs of a package."""
+
+    ONNX_RUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
+
+    @property
+    def extra(self) -> str:
+        """Which extra of this package brings it."""
+        return "openvino" if self is GraphLibrary.OPENVINO else "device"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """Memory against time, on one device.
 
     Attributes:
+        library: What computes the graphs.
         rows_per_pass: Tokens times points of one pass, >= 1; a pass holds at least one example at one point.
         keeps_graphs: Whether all graphs stay loaded, or only those that are at work.
         states_directory: Where states of the frozen prefix are kept on disk; None keeps them in memory.
@@ -22,6 +36,7 @@ class Settings:
         has_arena: Whether the runtime keeps freed memory for its next pass.
     """
 
+    library: GraphLibrary = GraphLibrary.ONNX_RUNTIME
     rows_per_pass: int = DEFAULT_ROWS
     keeps_graphs: bool = True
     states_directory: str | None = None

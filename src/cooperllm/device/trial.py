@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from cooperllm.algorithm import noise, zeroth_order
+from cooperllm.device.graphs import loader
 from cooperllm.device.manifest import OBSERVE, PREFIX
 from cooperllm.device.onnx_forward import OnnxForward, open_package
 from cooperllm.device.package import DeviceExamples, Package
@@ -111,6 +112,7 @@ def measure(task: Task) -> Findings:
     Raises:
         PackageError: If the package cannot be used.
     """
+    loader(task.settings.library)  # which imports the library
     phases = [Phase(name="imports", footprint=footprint(), cpu_s=0.0)]
     resets_peaks = reset_peak()
 
