@@ -4,8 +4,8 @@
     ĝ    = (1/P) Σ_p g(z_p) z_p,    z_p ~ N(0, I)          (2)  E[ĝ] = ∇f + O(μ²)
     g(z) = ⟨∇f(θ), z⟩                                      (3)  forward mode: what (1) tends to for small μ
 
-(3) costs 1 + P forward passes for P directions where (1) costs 2 P: values and their derivatives along all directions go through the network
-together. No difference of two losses is taken, so that there is no μ and rounding of the losses is not magnified by 1/μ.
+(3) costs 1 + P forward passes for P directions where (1) costs 2 P: values and their derivatives along all directions go through the
+network together. No difference of two losses is taken, so that there is no μ and rounding of the losses is not magnified by 1/μ.
 
 Dimension key: P directions, n trainable parameters.
 

@@ -89,12 +89,16 @@ class TorchForward:
         def found(theta: Float32[np.ndarray, "n"], directions: Float32[np.ndarray, "P n"]) -> tuple[float, Float32[np.ndarray, "P"]]:
             point = torch.from_numpy(theta.copy())
 
-            def along(direction: torch.Tensor) -> Any:
-                return torch.func.jvp(lambda theta: self._loss(theta, batch), (point,), (direction,))
+            def loss(theta: torch.Tensor) -> torch.Tensor:
+                return self._loss(theta, batch)
 
+            def along(direction: torch.Tensor) -> Any:
+                return torch.func.jvp(loss, (point,), (direction,))
+
+            side_by_side: Any = torch.func.vmap(along, out_dims=(None, 0))  # pyright: ignore[reportArgumentType] -- None is a dimension, too
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no derivative in forward mode
-                loss, slopes = torch.func.vmap(along, out_dims=(None, 0))(torch.from_numpy(directions))
-            return float(loss), slopes.float().numpy()
+                value, slopes = side_by_side(torch.from_numpy(directions))
+            return float(value), slopes.float().numpy()
 
         return found, max(1, self._points_per_pass(batch, 1 + DIRECTIONS_PER_PASS) - 1)
 

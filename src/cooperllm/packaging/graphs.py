@@ -96,7 +96,9 @@ class Slopes(nn.Module):
         super().__init__()
         self._losses = losses
 
-    def forward(self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor, directions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Returns losses [B] and derivatives [P, B]."""
         found = WithTangents(self._losses).run(given, mask, labels, shift, Dual(theta, directions))
         return found.value, found.tangents

@@ -2,19 +2,22 @@
 
     y = W x,       ẏ_p = W ẋ_p                                              (1)  a frozen product: 1 + P factors in one product
     y = x ∘ w,     ẏ_p = ẋ_p ∘ w + x ∘ ẇ_p                                  (2)  a product of two of them, matrices alike
-    y = φ(x),      ẏ_p = φ'(x) ∘ ẋ_p                                        (3)  anything entry by entry; φ' by PyTorch's own rule
+    y = φ(x),      ẏ_p = φ'(x) ∘ ẋ_p                                        (3)  anything entry by entry
     y = σ(x),      ẏ_p = y ∘ (ẋ_p - Σ y ∘ ẋ_p)                              (4)  softmax; of its logarithm ẋ_p - Σ σ(x) ∘ ẋ_p
     y = n ∘ w + b, ẏ_p = w / s ∘ (ẋ_p - mean ẋ_p - n ∘ mean(n ∘ ẋ_p))       (5)  layer norm, n = (x - mean x) / s
 
 Values are computed once, whatever P is, and as the graph without tangents computes them; what does not depend on θ has no tangents.
-`torch.func.vmap` over `torch.func.jvp` says the same in one line, but its rules read sizes into Python: no size of the graph would stay open.
+`torch.func.vmap` over `torch.func.jvp` says the same in one line, but its rules read sizes into Python, which a graph keeps open.
+An operation without a rule is refused by name; a graph needs rules only for what lies between θ and the loss.
 
 Dimension key: P directions; a tangent of a value [...] is [P, ...].
 """
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -54,8 +57,6 @@ class WithTangents(fx.Interpreter):
         if target is aten.sym_size.int:
             return target(args[0].value, *args[1:])
         rule = RULES.get(target)
-        if rule is None and torch.Tag.pointwise in getattr(target, "tags", ()):
-            rule = _entry_by_entry
         if rule is None or any(isinstance(value, Dual) for value in kwargs.values()):
             raise MissingRuleError(str(target))
         return rule(target, args, kwargs)
@@ -134,12 +135,12 @@ def _index(op: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Dual:
 def _matrix_product(op: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Dual:
     """Eq. (1)-(2)."""
     x, w = args
-    if isinstance(x, Dual) and not isinstance(w, Dual) and w.dim() == 2:  # noqa: PLR2004 -- a matrix
+    if isinstance(x, Dual) and not isinstance(w, Dual) and w.dim() == 2:
         found = torch.cat([x.value[None], x.tangents]) @ w
         return Dual(found[0], found[1:])
     parts = [x.tangents @ _value(w)] if isinstance(x, Dual) else []
     parts += [_value(x) @ w.tangents] if isinstance(w, Dual) else []
-    return Dual(op(_value(x), _value(w)), sum(parts[1:], start=parts[0]))
+    return Dual(op(_value(x), _value(w)), reduce(torch.add, parts))
 
 
 def _product(op: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Dual:
@@ -147,7 +148,7 @@ def _product(op: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Dual:
     x, w = args
     found = op(_value(x), _value(w))
     parts = [_aligned(one, found.dim()) * _value(other) for one, other in ((x, w), (w, x)) if isinstance(one, Dual)]
-    return Dual(found, sum(parts[1:], start=parts[0]))
+    return Dual(found, reduce(torch.add, parts))
 
 
 def _sum(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dual:
@@ -170,7 +171,7 @@ def _quotient(op: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Dual:
     found = op(_value(x), _value(w))
     parts = [_aligned(x, found.dim()) / _value(w)] if isinstance(x, Dual) else []
     parts += [-_aligned(w, found.dim()) * (found / w.value)] if isinstance(w, Dual) else []
-    return Dual(found, sum(parts[1:], start=parts[0]))
+    return Dual(found, reduce(torch.add, parts))
 
 
 def _choice(op: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Dual:
@@ -181,14 +182,38 @@ def _choice(op: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Dual:
     return Dual(found, op(condition, *(_aligned(one, found.dim()) if isinstance(one, Dual) else zero for one in pair)))
 
 
-def _entry_by_entry(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dual:
-    """Eq. (3)."""
-    dual = args[0]
-    if not isinstance(dual, Dual) or any(isinstance(other, (Dual, Tensor)) for other in args[1:]):
-        raise MissingRuleError(f"{op} of several tensors")
-    pulled: Any = torch.func.vjp(lambda x: op(x, *args[1:], **kwargs), dual.value)
-    found, pull = pulled
-    return Dual(found, dual.tangents * pull(torch.ones_like(found))[0])
+def _entry_by_entry(derivative: Callable[..., Tensor]) -> Rule:
+    """Eq. (3) with φ'(x, y), y = φ(x), and whatever else φ is given."""
+
+    def rule(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dual:
+        dual, *others = args
+        if not isinstance(dual, Dual) or any(isinstance(other, Dual) for other in others):
+            raise MissingRuleError(f"{op} of several tensors")
+        found = op(dual.value, *others, **kwargs)
+        return Dual(found, dual.tangents * derivative(dual.value, found, *others, **kwargs))
+
+    return rule
+
+
+def _slope_of_gelu(x: Tensor, _y: Tensor, *, approximate: str = "none") -> Tensor:
+    if approximate == "none":
+        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
+    bent = torch.tanh(scale * (x + cubic * x * x * x))
+    return 0.5 * (1 + bent) + 0.5 * x * (1 - bent * bent) * scale * (1 + 3 * cubic * x * x)
+
+
+def _slope_of_power(x: Tensor, _y: Tensor, power: float) -> Tensor:
+    return power * x ** (power - 1)
+
+
+def _slope_above(x: Tensor, _y: Tensor, least: float) -> Tensor:
+    return (x >= least).to(x.dtype)
+
+
+def _slope_of_silu(x: Tensor, y: Tensor) -> Tensor:
+    share = torch.sigmoid(x)
+    return share + y * (1 - share)
 
 
 def _softmax(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dual:
@@ -215,14 +240,32 @@ def _layer_norm(op: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list
 
 def _length(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dual:
     """Euclidean lengths along dimensions that are kept, as labels' texts have them."""
-    dual, order, dims, keepdim = [*args, None, None, None][:4]
-    if order != EUCLIDEAN or not dims or not keepdim or kwargs:
-        raise MissingRuleError(f"{op} of order {order} along {dims}")
+    if len(args) != 4 or args[1] != EUCLIDEAN or not args[3] or kwargs:
+        raise MissingRuleError(f"{op} other than a Euclidean length along dimensions that are kept")
+    dual, _, dims, _ = args
     found = op(*_values(args))
     return Dual(found, (dual.value / found * dual.tangents).sum([_from_behind(dim, dual.value.dim()) for dim in dims], keepdim=True))
 
 
+SLOPES: Mapping[Any, Callable[[Tensor, Tensor], Tensor]] = {
+    aten.silu.default: _slope_of_silu,
+    aten.relu.default: lambda x, _y: (x > 0).to(x.dtype),
+    aten.tanh.default: lambda _x, y: 1 - y * y,
+    aten.sigmoid.default: lambda _x, y: y * (1 - y),
+    aten.erf.default: lambda x, _y: torch.exp(-x * x) * (2 / math.sqrt(math.pi)),
+    aten.exp.default: lambda _x, y: y,
+    aten.log.default: lambda x, _y: 1 / x,
+    aten.sqrt.default: lambda _x, y: 0.5 / y,
+    aten.rsqrt.default: lambda x, y: -0.5 * y / x,
+    aten.reciprocal.default: lambda _x, y: -y * y,
+}
+"""φ'(x, y) for eq. (3), y = φ(x)."""
+
 RULES: Mapping[Any, Rule] = {
+    **{op: _entry_by_entry(derivative) for op, derivative in SLOPES.items()},
+    aten.gelu.default: _entry_by_entry(_slope_of_gelu),
+    aten.clamp_min.default: _entry_by_entry(_slope_above),
+    aten.pow.Tensor_Scalar: _entry_by_entry(_slope_of_power),
     **dict.fromkeys((aten.mm.default, aten.bmm.default), _matrix_product),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _sum),
     **dict.fromkeys((aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default), _softmax),
@@ -242,4 +285,4 @@ RULES: Mapping[Any, Rule] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.linalg_vector_norm.default: _length,
 }
-"""How operations that are not done entry by entry pass tangents on, as `make_fx` leaves them of a network."""
+"""How each operation that `make_fx` leaves of a network passes tangents on."""

@@ -27,9 +27,7 @@ BACKWARD: dict[Any, Any] = {operator: rule for operator, rule in core_aten_decom
 """Derivatives of activations and norms in terms of ordinary operations: the exporter knows few of them itself."""
 
 
-def graphs_of(
-    model: Model, theta: Tensor, batch: Batch, *, needs_slopes: bool = False
-) -> tuple[dict[str, onnx.ModelProto], list[int]]:
+def graphs_of(model: Model, theta: Tensor, batch: Batch, *, needs_slopes: bool = False) -> tuple[dict[str, onnx.ModelProto], list[int]]:
     """Traces everything that a device computes.
 
     Args:
@@ -103,7 +101,7 @@ def _slopes(model: Model, first: tuple[Tensor, ...], dynamic_shapes: Sequence[An
     directions = next(size for size in count(2) if taken.isdisjoint({size, 1 + size}))  # with the values they are 1 + P factors
     arguments = (*first, first[-1].repeat(directions, 1))
     return _onnx(
-        _functional(Slopes(_functional(PointLosses(model), first)), arguments),
+        Slopes(_functional(PointLosses(model), first)),
         arguments,
         (*dynamic_shapes, {0: torch.export.Dim.DYNAMIC}),
         ["given", "mask", "labels", "shift", "theta", "directions"],
