@@ -72,7 +72,7 @@ def run_device(
     num_examples, bits, meter = len(chosen), EXACT, _Meter(runtime, chosen, replica.theta, slope_method)
     forward_passes, losses = 0, meter.losses
     if plan.probes is not None:
-        column_slopes, random_slopes = _probe(order, plan.probes, columns, basis, meter)
+        column_slopes, random_slopes = _probe(order, plan.probes, columns, basis, replica, meter)
     if plan.feedback is not None:
         estimate, first, num_examples, loss = _estimate(order, plan.feedback, replica, runtime, _known_maps(plan, plan.feedback, maps))
         agreement, energy = _rectify(first, plan.feedback, meter)
