@@ -15,7 +15,7 @@ setup: $(STAMP)  ## make the virtual environment with everything that tests need
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cloud]'
 	@touch $@
 
 $(STAMP): $(VENV)/.package

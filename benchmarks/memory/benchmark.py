@@ -24,6 +24,7 @@ from cooperllm.assembly import Assembly, Material
 from cooperllm.config import ArmName
 from cooperllm.link.codec import encode
 from cooperllm.link.loopback import Loopback
+from cooperllm.process_memory import footprint
 from cooperllm.round import run_round
 from cooperllm.run_directory import RunDirectory
 
@@ -52,14 +53,6 @@ SETTINGS = (
 )
 
 
-def status_mib(field: str) -> float:
-    """Reads one figure of this process from the kernel."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {field}: this benchmark needs Linux")
-
-
 def assembly_of(row: str, setting: Setting) -> Assembly:
     """Builds the run whose device is looked at; nothing is written."""
     config = cooperllm.recipe("demo").with_arm(ArmName.MEASURED if row == "inference" else ArmName(row))
@@ -74,7 +67,7 @@ def assembly_of(row: str, setting: Setting) -> Assembly:
 def work(row: str, assembly: Assembly, order: Path) -> None:
     """Does one row's work in this process and prints its peak in MiB."""
     torch.set_num_threads(1)
-    baseline = status_mib("VmRSS")
+    baseline = footprint().resident_mib
     if row == "inference":
         material = assembly.material
         batch = material.model.batch(material.private, material.shards[0][: assembly.config.federation.batch_size].tolist())
@@ -82,7 +75,7 @@ def work(row: str, assembly: Assembly, order: Path) -> None:
             torch.nn.functional.cross_entropy(material.model.scores(torch.from_numpy(assembly.start.theta), batch), batch.labels)
     else:
         assembly.devices().answer(order.read_bytes())
-    print(json.dumps({"peak_mib": status_mib("VmHWM") - baseline}))
+    print(json.dumps({"peak_mib": footprint().peak_mib - baseline}))
 
 
 def prepare(assembly: Assembly, order: Path) -> None:

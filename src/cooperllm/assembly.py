@@ -166,7 +166,7 @@ class Assembly:
         """Writes the device package of the run where its devices need one and it is not there yet.
 
         Raises:
-            ConfigError: If the model cannot be written as a package, or the libraries for it are missing.
+            ConfigError: If the model cannot be written as a package.
         """
         variant = VARIANTS.get(self.config.runtime)
         if variant is not None and not self.package_path.exists():
@@ -203,12 +203,10 @@ def write_device_package(config: RunConfig, material: Material, target: Path, va
         Bytes of the package.
 
     Raises:
-        ConfigError: If the directory is taken, the model cannot be written, or the libraries for it are missing.
+        ConfigError: If the directory is taken, or the model cannot be written.
     """
-    try:
-        from cooperllm.packaging import package_bytes, write_package  # noqa: PLC0415 -- libraries of an extra
-    except ImportError as error:
-        raise ConfigError(f"device package: found no module {error.name!r}; pip install 'cooperllm[package]'") from error
+    from cooperllm.packaging import package_bytes, write_package  # noqa: PLC0415 -- takes seconds to import, and few runs need it
+
     theta, names = initial_theta(config, material.model), material.task.label_names
     manifest = write_package(
         material.model,
@@ -237,10 +235,8 @@ def initial_theta(config: RunConfig, model: Model) -> Float32[np.ndarray, "n"]:
 
 def _runtimes_of_package(path: Path, material: Material, memory_mib: float | None, adjustment: float) -> list[Runtime]:
     """Devices that share a package; they read the private texts with its tokeniser, as a device elsewhere would."""
-    try:
-        from cooperllm.device.onnx_forward import OnnxForward, open_package  # noqa: PLC0415 -- libraries of an extra
-    except ImportError as error:
-        raise ConfigError(f"runtime: found no module {error.name!r}; pip install 'cooperllm[device]'") from error
+    from cooperllm.device.onnx_forward import OnnxForward, open_package  # noqa: PLC0415 -- a run on PyTorch does not load a second runtime
+
     package, private = open_package(path), material.task.private
     examples = package.encode(private.texts, private.second_texts, private.labels)
     return [OnnxForward(package, examples, shard.tolist(), memory_mib, adjustment) for shard in material.shards]

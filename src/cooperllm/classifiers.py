@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cooperllm.config import ModelConfig, Objective
 from cooperllm.errors import ConfigError
+from cooperllm.wrapped_forward import forward_wrapped
 
 SCALE = 20.0
 """Of cosines as scores: what sentence encoders are trained with, the default of MultipleNegativesRankingLoss in sentence-transformers."""
@@ -36,7 +37,11 @@ class PooledClassifier(nn.Module):
 
 
 class LabelWords(nn.Module):
-    """A causal language model whose next-token scores of one word per class, after a prompt, are the class scores."""
+    """A causal language model whose next-token scores of one word per class, after a prompt, are the class scores.
+
+    The output layer is asked for these words after the last token alone: scores of a whole vocabulary for every token would be the widest
+    thing in memory.
+    """
 
     word_ids: Tensor
 
@@ -47,9 +52,17 @@ class LabelWords(nn.Module):
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Returns scores [B, C] in float32."""
-        scores = self.backbone(input_ids=token_ids, attention_mask=mask, use_cache=False).logits
-        last = mask.sum(1) - 1
-        return scores[torch.arange(last.shape[0]), last][:, self.word_ids].float()
+        language_model: Any = self.backbone
+        head = language_model.get_output_embeddings()
+        with forward_wrapped(head, partial(self._after_last_token, head, mask.sum(1) - 1)):
+            return language_model(input_ids=token_ids, attention_mask=mask, use_cache=False).logits.float()
+
+    def _after_last_token(self, head: nn.Module, last: Tensor, own: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        at_last = hidden[torch.arange(last.shape[0]), last]
+        if type(head) is not nn.Linear:  # an adapter's layer, say
+            return own(at_last)[:, self.word_ids]
+        scores = at_last @ head.weight[self.word_ids].T
+        return scores if getattr(head, "bias", None) is None else scores + head.bias[self.word_ids]
 
 
 class LabelTexts(nn.Module):

@@ -1,17 +1,21 @@
-"""The command line: thin, no arithmetic."""
+"""The command line: thin, no arithmetic.
+
+What computes is imported by the command that needs it: a device's command must work where PyTorch is not installed, and not load it.
+"""
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich.console
 import typer
 
-from cooperllm import assembly, comparison, models, recipes, session
+from cooperllm import recipes
 from cooperllm.config import (
     AdapterKind,
     ArmName,
@@ -26,9 +30,11 @@ from cooperllm.config import (
     to_plain,
 )
 from cooperllm.errors import ConfigError, CooperLLMError
-from cooperllm.progress import Progress
-from cooperllm.report import arms_table, verdict
 from cooperllm.wall_clock import clock_from
+
+if TYPE_CHECKING:
+    from cooperllm.progress import Progress
+    from cooperllm.session import Run
 
 app = typer.Typer(
     name="cooperllm",
@@ -38,6 +44,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = rich.console.Console()
+
+CACHE = Path.home() / ".cache" / "cooperllm"
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe; `cooperllm recipes` lists them.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; by default runs/RECIPE-N with the next free N.")]
@@ -120,6 +128,8 @@ def run_command(
     out: Out = None,
 ) -> None:
     """Train one arm and write a run directory with log, plots, report and adapter."""
+    from cooperllm import session  # noqa: PLC0415 -- of the extra `cloud`
+
     chosen = recipes.recipe(recipe, data_directory)
     options = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arm", "out", "data_directory"}}
     config = _changed(chosen.with_arm(arm), options)
@@ -168,6 +178,8 @@ def compare_command(
     out: Out = None,
 ) -> None:
     """Train several arms on the same task, with the same budget, and report on all of them."""
+    from cooperllm import comparison  # noqa: PLC0415 -- of the extra `cloud`
+
     chosen = recipes.recipe(recipe, data_directory)
     options = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arms", "out", "data_directory"}}
     names = _arm_names(arms) or chosen.compared
@@ -188,6 +200,8 @@ def compare_command(
 @app.command("resume")
 def resume_command(run: Annotated[Path, typer.Argument(help="A run directory or a comparison.")]) -> None:
     """Continue a run where it stopped; it ends with the same bits as an uninterrupted one."""
+    from cooperllm import comparison  # noqa: PLC0415 -- of the extra `cloud`
+
     _show(lambda progress: comparison.resume(run, progress.observe, progress.tell), run)
 
 
@@ -198,6 +212,8 @@ def export_command(
     arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a comparison.")] = None,
 ) -> None:
     """Write the adapter as a directory that plain PEFT loads."""
+    from cooperllm import comparison  # noqa: PLC0415 -- of the extra `cloud`
+
     console.print(f"adapter written to {comparison.export(run, target, arm)}")
 
 
@@ -221,11 +237,35 @@ def package_command(
     settings: Set = None,
 ) -> None:
     """Write what a device without PyTorch needs to take part: ONNX graphs, weights, tokeniser, manifest."""
+    from cooperllm import assembly, models  # noqa: PLC0415 -- of the extra `cloud`
+
+    models.hush()
     options = {key: value for key, value in locals().items() if key not in {"target", "recipe", "variant", "data_directory"}}
     config = _changed(recipes.recipe(recipe, data_directory).config, options)
     with console.status("tracing the model, writing its weights, comparing losses"):
         size = assembly.write_device_package(config, assembly.Material(config), target, variant)
     console.print(f"package of {size / 2**20:.1f} MiB written to {target}", highlight=False, soft_wrap=True)
+
+
+@app.command("device")
+def device_command(
+    package: Annotated[Path, typer.Option("--measure", help="A device package; says what it takes on this machine.")],
+    memory_mib: Annotated[float | None, typer.Option("--memory-mib", help="Memory of the whole process; no limit by default.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts of a batch, each as long as the package takes.")] = 16,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of one operator.")] = 1,
+    cache_directory: Annotated[Path, typer.Option("--cache-directory", help="Where states of frozen layers may be kept.")] = CACHE,
+    cache_mib: Annotated[float, typer.Option("--cache-mib", help="The most that they may take there.")] = 256.0,
+) -> None:
+    """Choose how a device spends memory, by measuring: needs no PyTorch."""
+    from cooperllm.device import footprint_report, governor  # noqa: PLC0415 -- of the extra `device`
+
+    with console.status("trying settings, each in a process of its own"):
+        choice, trials = governor.govern(
+            package, memory_mib, cache_directory, states_quota_mib=cache_mib, batch_size=batch_size, num_threads=threads
+        )
+    console.print(footprint_report.settings_table(trials, choice, memory_mib))
+    console.print(footprint_report.phases_table(choice))
+    console.print(footprint_report.words(choice, memory_mib), highlight=False)
 
 
 @app.command("recipes")
@@ -240,16 +280,26 @@ def main() -> None:
 
     Raises:
         SystemExit: With status 1 after such a sentence.
+        ModuleNotFoundError: If a module of our own is missing: our mistake.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    models.hush()
     try:
         app()
     except CooperLLMError as error:
-        console.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-        console.print(str(error), markup=False, highlight=False)
+        _refuse(type(error).__name__, str(error))
         raise SystemExit(1) from error
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "cooperllm":
+            raise
+        extra = "device" if sys.argv[1:2] == ["device"] else "cloud"
+        _refuse("ConfigError", f"found no module {error.name!r}, which this command needs; pip install 'cooperllm[{extra}]'")
+        raise SystemExit(1) from error
+
+
+def _refuse(kind: str, sentence: str) -> None:
+    console.print(f"[bold red]{kind}[/bold red]: ", end="")
+    console.print(sentence, markup=False, highlight=False)
 
 
 def _changed(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
@@ -336,8 +386,13 @@ def _directory(out: Path | None, name: str) -> Path:
     return next(path for path in taken if not path.exists())
 
 
-def _show(work: Callable[[Progress], session.Run], directory: Path) -> None:
+def _show(work: "Callable[[Progress], Run]", directory: Path) -> None:
     """Shows progress, then the table and where everything is."""
+    from cooperllm import models  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.progress import Progress  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.report import arms_table, verdict  # noqa: PLC0415 -- of the extra `cloud`
+
+    models.hush()
     with Progress(console) as progress:
         try:
             finished = work(progress)

@@ -247,7 +247,6 @@ class Model:
             hidden=hidden,
             feed_forward=int(getattr(config, "intermediate_size", None) or 4 * hidden),
             heads=int(config.num_attention_heads),
-            vocabulary=int(config.vocab_size) if self.config.objective is Objective.LABEL_WORDS else 0,
         )
 
     def save_adapter(self, theta: Float32[np.ndarray, "n"], directory: Path, label_names: Sequence[str]) -> None:

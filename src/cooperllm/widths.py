@@ -16,13 +16,11 @@ class Widths:
         hidden: Of a hidden state.
         feed_forward: Of the widest inner state.
         heads: Attention heads.
-        vocabulary: Scores per token, 0 where a token has none.
     """
 
     hidden: Width
     feed_forward: Width
     heads: Width
-    vocabulary: Width
 
     def activation_mib(self, num_examples: int, num_tokens: int) -> float:
         """Estimates the memory that one point of a pass takes: the widest layer's activations.
@@ -35,9 +33,9 @@ class Widths:
             MiB of float32 values.
 
         Example:
-            >>> Widths(hidden=384, feed_forward=1536, heads=12, vocabulary=0).activation_mib(1, 32)
+            >>> Widths(hidden=384, feed_forward=1536, heads=12).activation_mib(1, 32)
             0.75
         """
         tokens = num_examples * num_tokens
         attention = tokens * num_tokens * self.heads
-        return 4 * (tokens * (6 * self.hidden + 2 * self.feed_forward) + 2 * attention + tokens * self.vocabulary) / 2**20
+        return 4 * (tokens * (6 * self.hidden + 2 * self.feed_forward) + 2 * attention) / 2**20

@@ -23,6 +23,7 @@ from cooperllm.assembly import Material
 from cooperllm.desk import DIVERGED, Desk
 from cooperllm.errors import ConfigError, CooperLLMError, DivergenceError, QuorumError
 from cooperllm.messages import Outcome
+from cooperllm.process_memory import footprint, is_measurable
 from cooperllm.run_directory import RunDirectory
 from cooperllm.session import Observer
 from cooperllm.study import Job
@@ -81,7 +82,7 @@ def in_processes(desk: Desk, count: int, memory_limit_mib: float | None, log: Pa
     Raises:
         ConfigError: If there is a limit and the system does not tell how much memory a process uses.
     """
-    if memory_limit_mib is not None and not Path("/proc/self/status").is_file():
+    if memory_limit_mib is not None and not is_measurable():
         raise ConfigError("memory_limit_mib: found a limit, expected none on a system without /proc; choose fewer --processes instead")
     with log.open("ab") as errors:
         crew = _Crew(desk, count, memory_limit_mib, errors)
@@ -214,7 +215,7 @@ class _Crew:
             return True
         if self._estimate_mib is None:
             return False  # the first process has yet to show what one uses
-        peaks, own_mib = [worker.peak_mib for worker in self._workers], _memory_mib(os.getpid(), "VmRSS")
+        peaks, own_mib = [worker.peak_mib for worker in self._workers], footprint().resident_mib
         if admits(peaks, self._estimate_mib, own_mib, self._limit_mib):
             return True
         if len(peaks) != self._waiting_at:
@@ -249,13 +250,4 @@ class _Crew:
 
     def _measure(self) -> None:
         for worker in self._workers if self._limit_mib is not None else ():
-            worker.peak_mib = max(worker.peak_mib, _memory_mib(worker.process.pid, "VmHWM"))
-
-
-def _memory_mib(process_id: int, name: str) -> float:
-    """Reads one line of /proc, in kB; a process that has ended uses nothing."""
-    try:
-        text = Path(f"/proc/{process_id}/status").read_text(encoding="utf8")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return next((float(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith(f"{name}:")), 0.0)
+            worker.peak_mib = max(worker.peak_mib, footprint(worker.process.pid).peak_mib)

@@ -401,7 +401,7 @@ def flip(file, position):
         (lambda p: (p / "manifest.json").unlink(), "manifest.json does not exist: .* is not a device package"),
         (lambda p: cut(p / "manifest.json", 100), "manifest.json is damaged"),
         (lambda p: (p / "manifest.json").write_bytes(b" " * (1 << 20) + b"{}"), "at most 1048576 expected"),
-        (lambda p: edit(p, format_version=0), "format version 0 found, 2 expected"),
+        (lambda p: edit(p, format_version=0), "format version 0 found, 3 expected"),
         (lambda p: edit(p, num_classes=1 << 40), "manifest.json is damaged"),
         (lambda p: edit(p, num_parameters=7), "ranges .* of 7 parameters expected"),
         (lambda p: edit(p, graphs=["losses", "strange"]), "graphs .* expected"),

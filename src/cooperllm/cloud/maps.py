@@ -100,7 +100,7 @@ class MapFitter:
 
     Attributes:
         blocks: Ranges of θ whose estimates are measured apart.
-        has_texts: Whether there is anything to fit, and anything to fit it on.
+        has_texts: Whether there is anything to fit, and any text to fit it on.
         first_version: Updates before which every gradient is zero: one, where a head starts at zero.
     """
 
@@ -116,7 +116,7 @@ class MapFitter:
         self._rank = min(rank, self._width)
         self._bits = bits
         self.blocks = model.adapted.blocks(most_blocks)
-        self.has_texts = len(public) > 0 and self._num_layers > 0
+        self.has_texts = num_examples > 0 and len(public) > 0 and self._num_layers > 0
         self.first_version = 1 if model.adapted.has_head else 0
 
     def fit(self, theta: np.ndarray, seed: int, version: int, held: Sequence[Maps] = ()) -> Maps | None:

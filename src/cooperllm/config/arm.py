@@ -54,7 +54,7 @@ class ArmConfig:
         feedback_blocks: Feedback arm: blocks of layers below the last one whose estimate is measured, one query each, >= 0; fewer where
             the model has fewer.
         estimate_bits: Feedback arm: bits per entry of an estimate on the link: 4, 8 or 32.
-        map_examples: Feedback arm: public texts that maps are fitted on, >= 8.
+        map_examples: Feedback arm: public texts that maps are fitted on, >= 8; 0 fits none, and layers below the last one get its gradient.
         map_components: Feedback arm: principal components of a layer's output that maps may depend on, 1 to 128.
         map_rank: Feedback arm: rank of what one refresh says of a layer, >= 1.
         map_refresh: Feedback arm: rounds between two fits in the long run, >= 1.
@@ -84,7 +84,7 @@ class ArmConfig:
     public_weight: float = 0.5
     feedback_blocks: int = 1
     estimate_bits: int = 8
-    map_examples: int = 256
+    map_examples: int = 0
     map_components: int = 48
     map_rank: int = 16
     map_refresh: int = 8
@@ -121,7 +121,7 @@ class ArmConfig:
             check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), "4, 8 or 32")
         check(self.feedback_blocks >= 0, "arm.feedback_blocks", self.feedback_blocks, ">= 0")
         check(self.map_components <= MOST_MAP_COMPONENTS, "arm.map_components", self.map_components, f"<= {MOST_MAP_COMPONENTS}")
-        check(self.map_examples >= 8, "arm.map_examples", self.map_examples, ">= 8")
+        check(self.map_examples == 0 or self.map_examples >= 8, "arm.map_examples", self.map_examples, "0 or >= 8")
         needs = queries_of_estimates(self.local_steps) + self.feedback_blocks
         check(
             self.name is not ArmName.FEEDBACK or self.queries >= needs,

@@ -20,7 +20,7 @@ from msgspec import Meta
 from cooperllm.config import Objective, Variant
 from cooperllm.widths import Widths
 
-PACKAGE_VERSION = 2
+PACKAGE_VERSION = 3
 """Raised whenever the meaning of a file in a package changes."""
 
 MANIFEST, WEIGHTS, THETA, TOKENIZER = "manifest.json", "weights.bin", "theta_0.bin", "tokenizer.json"
@@ -105,6 +105,7 @@ class Manifest:
         prompt: For label words: what a text is put into.
         pad_id: Token that fills up short rows.
         widths: Sizes of activations.
+        multiplications: With frozen matrices, for each token and point that the graph `losses` is given.
         layers: Adapted layers below the last one, in the order of θ; together they are its beginning.
         graphs: Graphs of the package.
         files: Every file but the manifest.
@@ -123,6 +124,7 @@ class Manifest:
     prompt: str
     pad_id: Count
     widths: Widths
+    multiplications: Count
     layers: tuple[LayerEntry, ...]
     graphs: tuple[str, ...]
     files: dict[FileName, FileEntry]

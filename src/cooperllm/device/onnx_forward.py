@@ -24,11 +24,8 @@ from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES, Golden
 from cooperllm.device.package import DeviceExamples, Package, read_package
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE
+from cooperllm.device.settings import Settings
 from cooperllm.errors import ConfigError, PackageError
-
-ROWS_PER_PASS = 128
-"""Tokens times points of one pass: more are no faster on the default model and take 30 MiB more, docs/devices.md. One point with more
-examples is faster than two with fewer: each point multiplies with factors of its own, in small products."""
 
 
 class OnnxForward:
@@ -97,6 +94,13 @@ class OnnxForward:
         longest = max(len(self._examples.token_ids[index]) for index in indices)
         return max(1, int(self._memory_mib / self._package.manifest.widths.activation_mib(1, longest)))
 
+    def prepare(self) -> None:
+        """Runs the frozen prefix on every example, so that it need not be loaded beside anything else."""
+        if PREFIX in self._package.manifest.graphs:
+            for index in self.shard:
+                self._states(self._examples.token_ids[index])
+            self._package.release()
+
     @property
     def map_shape(self) -> tuple[int, int]:
         """(layers that feedback maps are for, their width D)."""
@@ -154,7 +158,7 @@ class OnnxForward:
 
     def _fits(self, num_examples: int, longest: int, num_points: int) -> bool:
         if self._memory_mib is None:
-            return num_examples * longest * num_points <= ROWS_PER_PASS
+            return num_examples * longest * num_points <= self._package.settings.rows_per_pass
         return num_points * self._package.manifest.widths.activation_mib(num_examples, longest) <= self._memory_mib
 
     def _batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
@@ -163,12 +167,15 @@ class OnnxForward:
         mask = _padded([np.ones_like(row) for row in rows], 0)
         given = _padded(rows, manifest.pad_id)
         if PREFIX in manifest.graphs:
-            for index, row in zip(indices, rows, strict=True):
-                if index not in examples.states:
-                    alone = {"token_ids": row[None], "mask": np.ones_like(row)[None]}
-                    examples.states[index] = self._package.run(PREFIX, alone)["states"][0]
-            given = _padded([examples.states[index] for index in indices], 0)
+            given = _padded([self._states(row) for row in rows], 0)
         return {"given": given, "mask": mask, "labels": examples.labels[list(indices)]}
+
+    def _states(self, token_ids: Int64[np.ndarray, "T"]) -> Float32[np.ndarray, "T H"]:
+        known = self._package.states.get(token_ids)
+        if known is None:
+            known = self._package.run(PREFIX, {"token_ids": token_ids[None], "mask": np.ones_like(token_ids)[None]})["states"][0]
+            self._package.states.put(token_ids, known)
+        return known
 
     def _check(self, points: Float32[np.ndarray, "P n"]) -> None:
         expected = self._package.manifest.num_parameters
@@ -179,11 +186,12 @@ class OnnxForward:
             )
 
 
-def open_package(path: Path | str, *, num_threads: int = 1) -> Package:
+def open_package(path: Path | str, settings: Settings | None = None, *, num_threads: int = 1) -> Package:
     """Reads a package, checks it, and runs it once on texts whose losses it knows.
 
     Args:
         path: A directory that `cooperllm package` has written.
+        settings: How memory is spent; None for what suits a device of which nothing is known.
         num_threads: Threads of one operator, >= 1.
 
     Returns:
@@ -192,19 +200,22 @@ def open_package(path: Path | str, *, num_threads: int = 1) -> Package:
     Raises:
         PackageError: If it is damaged, of another version, or does not give its golden losses on this machine.
     """
-    package = read_package(path, num_threads=num_threads)
+    package = read_package(path, settings, num_threads=num_threads)
     golden = package.manifest.golden
     examples = package.encode(golden.texts, None, golden.labels)
     if [row.tolist() for row in examples.token_ids] != [list(row) for row in golden.token_ids]:
         raise PackageError(f"{package.path}: this `tokenizers` reads the golden texts as other tokens; install another version")
     points = golden_points(package.theta, golden)
-    losses = OnnxForward(package, examples, range(len(examples)), None).evaluate(range(len(examples)))[0](points)
+    device = OnnxForward(package, examples, range(len(examples)), None)
+    device.prepare()
+    losses = device.evaluate(range(len(examples)))[0](points)
     # Written so that a loss that is not a number is refused, too.
     if not np.all(np.abs(losses - np.array(golden.losses, np.float32)) <= golden.tolerance):
         raise PackageError(
             f"{package.path}: golden losses {losses.round(5).tolist()} found, {[round(loss, 5) for loss in golden.losses]} expected within "
             f"{golden.tolerance}; this machine computes something else: install another onnxruntime, or take the variant fp32"
         )
+    package.open_states()  # only now: states from a disk would pass over the prefix, which is to be checked, too
     return package
 
 

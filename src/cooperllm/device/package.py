@@ -5,23 +5,28 @@ Nothing of a package runs before its digests are those of its manifest, and none
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import onnxruntime
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 from onnxruntime import InferenceSession, SessionOptions  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue] -- compiled
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors  # pyright: ignore[reportAttributeAccessIssue] -- compiled
 from tokenizers import Tokenizer
 
 from cooperllm.config import Objective
-from cooperllm.device.manifest import MANIFEST, PACKAGE_VERSION, THETA, TOKENIZER, Manifest
+from cooperllm.device.manifest import MANIFEST, OBSERVE, PACKAGE_VERSION, PULL_BACK, THETA, TOKENIZER, Manifest
+from cooperllm.device.settings import Settings
+from cooperllm.device.states import States, StatesInMemory, StatesOnDisk
 from cooperllm.errors import ConfigError, PackageError
 
 LARGEST_MANIFEST_BYTES = 1 << 20
+FEEDBACK_GRAPHS = (OBSERVE, PULL_BACK)
+"""They take turns within one estimate."""
+
 ERRORS: tuple[type[Exception], ...] = (
     runtime_errors.Fail,
     runtime_errors.InvalidArgument,
@@ -41,12 +46,10 @@ class DeviceExamples:
     Attributes:
         token_ids: One row of integers per text.
         labels: Class of each text, shape [N].
-        states: What the prefix makes of an example, by example, each [T, H]; filled as it is needed.
     """
 
     token_ids: list[Int64[np.ndarray, "_T"]]
     labels: Int64[np.ndarray, "N"]
-    states: dict[int, Float32[np.ndarray, "_T _H"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -59,12 +62,17 @@ class Package:
         path: The directory.
         manifest: What it says of itself.
         theta: θ_0 of the package's seed.
+        settings: How memory is spent.
+        states: What the prefix has made of texts.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, num_threads: int) -> None:
+    def __init__(self, path: Path, manifest: Manifest, digest: str, settings: Settings, num_threads: int) -> None:
         self.path = path
         self.manifest = manifest
         self.theta = np.fromfile(path / THETA, "<f4").astype(np.float32, copy=False)
+        self.settings = settings
+        self.states: States = StatesInMemory()
+        self._digest = digest
         self._num_threads = num_threads
         self._sessions: dict[str, InferenceSession] = {}
         self._tokenizer = _tokenizer(path / TOKENIZER)
@@ -83,9 +91,7 @@ class Package:
             PackageError: If the graph cannot be loaded or run here.
         """
         try:
-            if graph not in self._sessions:
-                self._sessions[graph] = InferenceSession(self.path / f"{graph}.onnx", self._options())
-            session = self._sessions[graph]
+            session = self._sessions.get(graph) or self._loaded(graph)
             outputs = session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
         except ERRORS as error:
             raise PackageError(
@@ -93,6 +99,21 @@ class Package:
                 "install another onnxruntime, or write the package anew with `cooperllm package`"
             ) from error
         return {one.name: np.asarray(output) for one, output in zip(session.get_outputs(), outputs, strict=True)}
+
+    def open_states(self) -> None:
+        """Begins to keep states where the settings say; those known so far are forgotten."""
+        self.states = StatesInMemory()
+        if self.settings.states_directory is not None:
+            directory, quota_bytes = Path(self.settings.states_directory, self._digest), int(self.settings.states_quota_mib * 2**20)
+            self.states = StatesOnDisk(directory, self.manifest.widths.hidden, quota_bytes)
+
+    def release(self, *others: str) -> None:
+        """Unloads graphs, which are loaded again when they run.
+
+        Args:
+            others: Graphs that stay.
+        """
+        self._sessions = {name: session for name, session in self._sessions.items() if name in others}
 
     def encode(self, texts: Sequence[str], second_texts: Sequence[str] | None, labels: Sequence[int]) -> DeviceExamples:
         """Tokenises texts, cut at the package's number of tokens.
@@ -131,22 +152,29 @@ class Package:
         cut = [self._tokenizer.decode(part, skip_special_tokens=False) for part in parts]
         return self._tokenizer.encode(prompt.format(text=cut[0], text2=cut[1])).ids
 
+    def _loaded(self, graph: str) -> InferenceSession:
+        if not self.settings.keeps_graphs:
+            self.release(*(FEEDBACK_GRAPHS if graph in FEEDBACK_GRAPHS else ()))
+        self._sessions[graph] = session = InferenceSession(self.path / f"{graph}.onnx", self._options())
+        return session
+
     def _options(self) -> Any:
         options: Any = SessionOptions()
         options.intra_op_num_threads = self._num_threads
-        options.enable_cpu_mem_arena = False  # an arena keeps the largest pass for ever
-        options.enable_mem_pattern = False  # the same, for one shape each
+        options.enable_cpu_mem_arena = self.settings.has_arena  # an arena keeps the largest pass for ever
+        options.enable_mem_pattern = self.settings.has_arena  # the same, for one shape each
         options.log_severity_level = 3
-        # Packed copies of weights would be private memory; as they are in the file, they are clean pages that the system may drop.
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        if not self.settings.packs_weights:  # packed copies are private memory; as they are in the file, they are clean pages
+            options.add_session_config_entry("session.disable_prepacking", "1")
         return options
 
 
-def read_package(path: Path | str, *, num_threads: int = 1) -> Package:
+def read_package(path: Path | str, settings: Settings | None = None, *, num_threads: int = 1) -> Package:
     """Reads a package and compares every file with the manifest; `onnx_forward.open_package` also runs it.
 
     Args:
         path: A directory that `cooperllm package` has written.
+        settings: How memory is spent; None for what suits a device of which nothing is known.
         num_threads: Threads of one operator, >= 1.
 
     Returns:
@@ -156,7 +184,7 @@ def read_package(path: Path | str, *, num_threads: int = 1) -> Package:
         PackageError: If a file is missing, is not what the manifest says, or belongs to another version.
     """
     directory = Path(path)
-    manifest = _manifest(directory)
+    manifest, own_digest = _manifest(directory)
     for name, entry in manifest.files.items():
         file = directory / name
         found = file.stat().st_size if file.is_file() else None
@@ -167,7 +195,7 @@ def read_package(path: Path | str, *, num_threads: int = 1) -> Package:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != entry.sha256:
             raise PackageError(f"{file}: SHA-256 {digest[:12]}... found, {entry.sha256[:12]}... expected; copy the package again")
-    return Package(directory, manifest, num_threads)
+    return Package(directory, manifest, own_digest, settings or Settings(), num_threads)
 
 
 def _tokenizer(file: Path) -> Tokenizer:
@@ -180,14 +208,16 @@ def _tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
-def _manifest(directory: Path) -> Manifest:
+def _manifest(directory: Path) -> tuple[Manifest, str]:
+    """The manifest and its digest, which names the package: every other file's digest is in it."""
     file = directory / MANIFEST
     if not file.is_file():
         raise PackageError(f"{file} does not exist: {directory} is not a device package; `cooperllm package` writes one")
     if file.stat().st_size > LARGEST_MANIFEST_BYTES:
         raise PackageError(f"{file}: {file.stat().st_size} bytes found, at most {LARGEST_MANIFEST_BYTES} expected; write the package anew")
+    content = file.read_bytes()
     try:
-        plain = msgspec.json.decode(file.read_bytes())
+        plain = msgspec.json.decode(content)
         version = plain.get("format_version") if isinstance(plain, dict) else None
         if version != PACKAGE_VERSION:
             raise PackageError(f"{file}: format version {version!r} found, {PACKAGE_VERSION} expected; write the package with this release")
@@ -197,4 +227,4 @@ def _manifest(directory: Path) -> Manifest:
     complaint = manifest.complaint()
     if complaint is not None:
         raise PackageError(f"{file}: {complaint}; write the package anew")
-    return manifest
+    return manifest, hashlib.sha256(content).hexdigest()

@@ -13,8 +13,8 @@ no autograd. What a layer is given is whatever the network hands it, so that mas
 Dimension key: P points, B examples, T tokens, H hidden size, C classes, n trainable parameters.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,11 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cooperllm.adapted_layers import AdaptedLayer, output_of
-from cooperllm.classifiers import LabelWords
 from cooperllm.models import Model
 from cooperllm.packaging.points import points_beside
 from cooperllm.packaging.tangents import Dual, WithTangents
-from cooperllm.wrapped_forward import forward_wrapped
 
 
 class PlainLinear(TorchFunctionMode):
@@ -243,33 +241,3 @@ def _scores(model: Model, given: Tensor, mask: Tensor, call: Callable[[Any], Ten
     with nullcontext() if model.prefix is None else model.prefix.resumed(given):
         ids = given if model.prefix is None else mask  # of the right shape; what the embedding makes of it is passed over
         return (call((ids, mask)) if call is not None else model.network(ids, mask)).float()
-
-
-@contextmanager
-def only_label_words(network: nn.Module) -> Generator[None]:
-    """Within it, a language model scores the words of the classes alone: the rest of the vocabulary would be the widest thing in memory.
-
-    Args:
-        network: Any network; one without label words, or with an adapter on its last layer, stays as it is.
-
-    Yields:
-        Nothing.
-    """
-    backbone: Any = network.get_submodule("backbone")
-    head: Any = backbone.get_output_embeddings() if isinstance(network, LabelWords) else None
-    if not isinstance(network, LabelWords) or type(head) is not nn.Linear:
-        yield
-        return
-    word_ids = network.word_ids
-    tensors: list[Tensor | None] = [head.weight, head.bias]
-    rows = [tensor[word_ids].detach() for tensor in tensors if tensor is not None]
-
-    def chosen(_own: Callable[..., Any], hidden: Tensor) -> Tensor:
-        return _linear(hidden, *rows)
-
-    network.word_ids = torch.arange(len(word_ids))
-    try:
-        with forward_wrapped(head, chosen):
-            yield
-    finally:
-        network.word_ids = word_ids

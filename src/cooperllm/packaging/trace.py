@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES
 from cooperllm.errors import ConfigError
 from cooperllm.models import Batch, Model
-from cooperllm.packaging.graphs import Forward, Losses, Observe, PlainLinear, PointLosses, Prefix, PullBack, Slopes, only_label_words
+from cooperllm.packaging.graphs import Forward, Losses, Observe, PlainLinear, PointLosses, Prefix, PullBack, Slopes
 from cooperllm.packaging.tangents import MissingRuleError
 
 OPSET = 20
@@ -131,7 +131,7 @@ def _tracing(model: Model) -> Generator[None]:
     logging.disable(logging.WARNING)  # of sizes that are always 1, and of packages that nothing here needs
     config.use_cache = False  # a cache that a module has filled in one trace would lengthen its next
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), only_label_words(model.network), warnings.catch_warnings():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             yield
     except (RuntimeError, torch.onnx.OnnxExporterError) as error:

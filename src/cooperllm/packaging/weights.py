@@ -7,6 +7,7 @@ example's loss depend on its neighbours; a scale for each row does not.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,21 @@ def write_graphs(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights
                     file.write(data)
                 _point_to(tensor, weights_name, *places[digest])
             onnx.save_model(model, directory / f"{name}.onnx")
+
+
+def multiplications(model: onnx.ModelProto) -> int:
+    """Counts what each token is multiplied with in a graph.
+
+    Args:
+        model: A graph in float32.
+
+    Returns:
+        Entries of all constant matrices that are multiplied.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    turned = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    found = [constants.get(turned.get(node.input[1], node.input[1])) for node in model.graph.node if node.op_type == "MatMul"]
+    return sum(math.prod(tensor.dims) for tensor in found if tensor is not None and len(tensor.dims) == 2)
 
 
 def to_int8_rows(model: onnx.ModelProto) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Float32
 
 from cooperllm.config import Variant
 from cooperllm.device.manifest import (
+    LOSSES,
     MANIFEST,
     PACKAGE_VERSION,
     THETA,
@@ -27,7 +28,7 @@ from cooperllm.device.onnx_forward import golden_points, open_package
 from cooperllm.errors import ConfigError, PackageError
 from cooperllm.models import Model
 from cooperllm.packaging.trace import graphs_of
-from cooperllm.packaging.weights import to_int8_rows, write_graphs
+from cooperllm.packaging.weights import multiplications, to_int8_rows, write_graphs
 
 GOLDEN_TEXTS = ("A stirring film.", "It fell apart quickly, and nobody in the room was sorry.", "Fine")
 GOLDEN_SEED = 20_260
@@ -97,6 +98,7 @@ def _written(
     examples = model.encode(GOLDEN_TEXTS, None, labels)
     batch = model.batch(examples, range(len(examples)))
     graphs, seen = graphs_of(model, torch.from_numpy(theta.copy()), batch, needs_slopes=needs_slopes)
+    multiplied = multiplications(graphs[LOSSES])
     if variant is Variant.INT8:
         for graph in graphs.values():
             to_int8_rows(graph)
@@ -127,6 +129,7 @@ def _written(
         prompt=model.config.prompt,
         pad_id=model.pad_id,
         widths=model.widths,
+        multiplications=multiplied,
         layers=tuple(
             LayerEntry(start=layer.start, stop=layer.stop, seen=place) for layer, place in zip(model.adapted.below, seen, strict=False)
         ),
