@@ -13,7 +13,7 @@ from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud import Cloud, GuideMaker, MapFitter
-from cooperllm.config import UNLABELLED, ArmName, RunConfig, RuntimeName, Variant
+from cooperllm.config import UNLABELLED, ArmName, RunConfig, RuntimeName, SlopeMethod, Variant
 from cooperllm.data import Task, Texts
 from cooperllm.device import Host, Runtime
 from cooperllm.device.settings import GraphLibrary, Settings
@@ -156,7 +156,7 @@ class Assembly:
             ]
         else:
             runtimes = _runtimes_of_package(self.package_path, self.config.runtime, material, self.config.memory_mib, adjustment)
-        return Host(runtimes, self.start, self.config.optimizer, self.directory.updates)
+        return Host(runtimes, self.start, self.config.optimizer, self.directory.updates, self.config.slope_method)
 
     @property
     def package_path(self) -> Path:
@@ -195,7 +195,7 @@ def write_device_package(config: RunConfig, material: Material, target: Path, va
     """Writes the package with which a device takes part in a run.
 
     Args:
-        config: The run's settings; its seed decides θ_0.
+        config: The run's settings; its seed decides θ_0, and a run in forward mode needs a model that has one.
         material: Model and texts of it.
         target: A missing or empty directory.
         variant: How the frozen weights are kept.
@@ -209,7 +209,16 @@ def write_device_package(config: RunConfig, material: Material, target: Path, va
     from cooperllm.packaging import package_bytes, write_package  # noqa: PLC0415 -- takes seconds to import, and few runs need it
 
     theta, names = initial_theta(config, material.model), material.task.label_names
-    return package_bytes(write_package(material.model, theta, target, label_names=names, variant=variant, seed=config.seed))
+    manifest = write_package(
+        material.model,
+        theta,
+        target,
+        label_names=names,
+        variant=variant,
+        seed=config.seed,
+        needs_slopes=config.slope_method is SlopeMethod.FORWARD_MODE,
+    )
+    return package_bytes(manifest)
 
 
 def initial_theta(config: RunConfig, model: Model) -> Float32[np.ndarray, "n"]:

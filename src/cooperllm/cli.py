@@ -24,6 +24,7 @@ from cooperllm.config import (
     Partition,
     RunConfig,
     RuntimeName,
+    SlopeMethod,
     Variant,
     from_plain,
     to_plain,
@@ -69,6 +70,9 @@ PartitionColumn = Annotated[str | None, typer.Option("--partition-column", help=
 Alpha = Annotated[float | None, typer.Option("--dirichlet-alpha", help="Concentration of the Dirichlet partition.")]
 Engine = Annotated[EngineName | None, typer.Option("--engine", help="What carries messages; all give the same numbers.")]
 Runtime = Annotated[RuntimeName | None, typer.Option("--runtime", help="What runs forward on a device: PyTorch, or a package.")]
+Slopes = Annotated[
+    SlopeMethod | None, typer.Option("--slopes", help="How devices measure slopes: differences of losses, or derivatives in forward mode.")
+]
 MemoryMib = Annotated[float | None, typer.Option("--memory-mib", help="Memory for batched points on a device; one by one by default.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Step size; the recipe's by default.")]
 OptimizerName = Annotated[
@@ -119,6 +123,7 @@ def run_command(
     engine: Engine = None,
     runtime: Runtime = None,
     memory_mib: MemoryMib = None,
+    slopes: Slopes = None,
     settings: Set = None,
     out: Out = None,
 ) -> None:
@@ -168,6 +173,7 @@ def compare_command(
     engine: Engine = None,
     runtime: Runtime = None,
     memory_mib: MemoryMib = None,
+    slopes: Slopes = None,
     settings: Set = None,
     out: Out = None,
 ) -> None:
@@ -322,7 +328,7 @@ def _changed(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
         federation=replace(config.federation, **federation),
         optimizer=replace(config.optimizer, **pick(kind="optimizer")),
         arm=replace(config.arm, **pick(learning_rate="learning_rate", queries="queries")),
-        **pick(num_rounds="rounds", seed="seed", engine="engine", runtime="runtime", memory_mib="memory_mib"),
+        **pick(num_rounds="rounds", seed="seed", engine="engine", runtime="runtime", memory_mib="memory_mib", slope_method="slopes"),
     )
     return _set(changed, given.get("settings", ()))
 

@@ -5,6 +5,7 @@ Run: pytest tests/system/test_runtimes.py
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -22,9 +24,10 @@ from cooperllm.algorithm.maps import unpack_maps
 from cooperllm.assembly import Material, assemble, write_device_package
 from cooperllm.cli import app
 from cooperllm.cloud import MapFitter
-from cooperllm.config import AdapterKind, ArmName, EngineName, Objective, RunConfig, RuntimeName, SourceConfig, Variant
+from cooperllm.config import AdapterKind, ArmName, EngineName, Objective, RunConfig, RuntimeName, SlopeMethod, SourceConfig, Variant
+from cooperllm.device.manifest import LOSSES, SLOPES
 from cooperllm.device.onnx_forward import OnnxForward, open_package
-from cooperllm.device.runtime import Runtime, Trainer
+from cooperllm.device.runtime import DIRECTIONS_PER_PASS, Runtime, Trainer
 from cooperllm.device.settings import GraphLibrary, Settings
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError, PackageError
@@ -78,13 +81,13 @@ def last_layer_alone(_onnx_run, directory):
     return config, directory / "package"
 
 
-def default_model(_onnx_run, directory):
+def default_model(_onnx_run, directory, variant=Variant.FP32):
     """MiniLM as the demo has it."""
     data = replace(
         RunConfig().data, public=SourceConfig(max_examples=64), private=SourceConfig(max_examples=48), num_test=2, num_validation=2
     )
     config = replace(cooperllm.recipe("demo").config, data=data)
-    write_device_package(config, Material(config), directory / "package", Variant.FP32)
+    write_device_package(config, Material(config), directory / "package", variant)
     return config, directory / "package"
 
 
@@ -123,6 +126,25 @@ def gradient_of(pair):
     return torch.autograd.grad(torch.nn.functional.cross_entropy(scores, batch.labels), point)[0].numpy()
 
 
+@pytest.fixture(scope="module")
+def int8_and_exact(tmp_path_factory):
+    """MiniLM with int8 weights, and what 50 derivatives are."""
+    path = tmp_path_factory.mktemp("int8")
+    config, where = default_model(None, path, Variant.INT8)
+    material, package = Material(config), open_package(where)
+    examples, theta = package.encode(material.task.private.texts, None, material.task.private.labels), package.theta
+    theta = theta + 0.02 * np.sin(np.arange(len(theta), dtype=np.float32))
+    probes = [noise.gaussian(6, index, len(theta)) for index in range(50)]
+    reference = TorchForward(material.model, material.private, range(len(CHOSEN)), None)
+    exact = np.stack(probes) @ reference_gradient(reference, theta)
+    return OnnxForward(package, examples, range(len(CHOSEN)), None), exact, theta, probes
+
+
+def reference_gradient(reference, theta):
+    """A step of one is the gradient."""
+    return theta - reference.train(theta, [CHOSEN], 1.0)[0]
+
+
 # What all give.
 
 
@@ -158,6 +180,43 @@ def test_slopes_agree_relative_to_the_gradient(pair):
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5 * length)
     assert np.abs(found[0]).max() > 0.01 * length
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx"])
+def test_forward_mode_gives_the_gradients_projections_and_the_loss_at_theta(pair, name):
+    """Five directions and then one: the graph was traced with another number of each size."""
+    runtime, gradient = pair.runtimes[name], gradient_of(pair)
+    differentiate, most = runtime.differentiate(CHOSEN)
+    assert most == DIRECTIONS_PER_PASS
+    for probes in (np.stack(directions(pair, 5)), np.stack(directions(pair, 6))[5:]):
+        loss, found = differentiate(pair.theta, probes)
+        # |z| is near √n; a dot product of n float32 terms of that size has an error of some 1e-7 |g|√n.
+        np.testing.assert_allclose(found, probes @ gradient, atol=1e-5 * np.linalg.norm(gradient))
+        assert loss == pytest.approx(runtime.evaluate(CHOSEN)[0](pair.theta[None])[0], abs=2e-6)
+
+
+def test_forward_mode_multiplies_with_each_frozen_matrix_once(pair):
+    """As many products as a pass without tangents has: values are not computed again for each direction."""
+    products = {}
+    for name in (LOSSES, SLOPES):
+        graph = onnx.load(pair.package.path / f"{name}.onnx", load_external_data=False).graph
+        frozen = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) >= 16}
+        products[name] = sum(node.op_type == "MatMul" and node.input[1] in frozen for node in graph.node)
+    assert products[LOSSES] == products[SLOPES] > 2
+
+
+def test_a_memory_budget_decides_how_many_directions_share_a_pass(pair):
+    """A pass holds the loss's own values and one set of tangents a direction."""
+    longest = max(len(pair.examples.token_ids[3 + index]) for index in CHOSEN)
+    one = pair.package.manifest.widths.activation_mib(1, longest)
+    for budget, expected in ((0.5 * one, 1), (2.5 * one, 1), (3.5 * one, 2), (9.5 * one, 8)):
+        device = OnnxForward(pair.package, pair.examples, pair.onnx.shard, budget, 1.0)
+        differentiate, most = device.differentiate(CHOSEN)
+        assert most == expected
+        probes = np.stack(directions(pair, 3))
+        np.testing.assert_allclose(
+            differentiate(pair.theta, probes)[1], pair.onnx.differentiate(CHOSEN)[0](pair.theta, probes)[1], rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("has_maps", [False, True])
@@ -261,6 +320,35 @@ def test_a_run_on_onnx_runtime_follows_the_path_of_the_reference(onnx_run, tmp_p
     # Float32 sums in another order, 1e-5 of a gradient apart, and Adam magnifies entries near zero; 2e-6 of the way was seen.
     assert (np.linalg.norm(paths[0] - paths[1], axis=1) < 1e-3 * moved).all()
     assert onnx_run.summary["arms"]["feedback"]["forward_passes"] == reference.summary["arms"]["feedback"]["forward_passes"]
+
+
+@pytest.mark.parametrize("runtime", [RuntimeName.TORCH, RuntimeName.ONNX_INT8])
+def test_a_run_in_forward_mode_ends_and_counts_what_it_ran(runtime, tmp_path):
+    config = replace(tiny(runtime, ArmName.MEASURED), slope_method=SlopeMethod.FORWARD_MODE)
+    run = cooperllm.run(config, tmp_path / "run")
+    for row in RunDirectory(run.path).rounds():
+        # All of a device's directions, four to a pass, and each pass's own values.
+        passes = row["queries"] + math.ceil(row["queries"] / DIRECTIONS_PER_PASS)
+        assert row["forward_passes"] == passes * row["num_reports"] < 2 * row["queries"] * row["num_reports"]
+
+
+def test_forward_mode_with_int8_weights_keeps_the_direction_of_exact_derivatives(int8_and_exact):
+    """50 Gaussian directions."""
+    device, exact, theta, probes = int8_and_exact
+    differentiate, most = device.differentiate(CHOSEN)
+    found = zeroth_order.derivatives(differentiate, theta, probes, directions_per_pass=most)
+    assert np.corrcoef(found, exact)[0, 1] >= 0.99
+
+
+def test_a_package_without_forward_mode_is_refused_in_a_sentence(package):
+    manifest = json.loads((package / "manifest.json").read_text())
+    del manifest["files"]["slopes.onnx"]
+    edit(package, graphs=[name for name in manifest["graphs"] if name != SLOPES], files=manifest["files"])
+    opened = open_package(package)
+    device = OnnxForward(opened, opened.encode(["a fine film"], None, [1]), [0], None)
+    assert np.isfinite(device.evaluate([0])[0](opened.theta[None])).all()
+    with pytest.raises(ConfigError, match=r"slope_method: found forward-mode and a package without it .* expected two-sided"):
+        device.differentiate([0])
 
 
 def test_back_propagation_on_devices_needs_pytorch():

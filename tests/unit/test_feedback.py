@@ -18,7 +18,7 @@ from cooperllm.algorithm.feedback import Moments
 from cooperllm.algorithm.feedback_arm import FeedbackArm
 from cooperllm.algorithm.guidance import digest, orthonormalise, random_directions
 from cooperllm.algorithm.maps import DecodedMaps, Fitted, LayerMaps, pack_factors, pack_rows
-from cooperllm.config import ArmConfig, ArmName, OptimizerConfig, passes_of_estimates, queries_of_estimates
+from cooperllm.config import ArmConfig, ArmName, OptimizerConfig, SlopeMethod, passes_of_estimates, queries_of_estimates
 from cooperllm.device.host import Host
 from cooperllm.device.probe import choose_batch, run_device
 from cooperllm.edge import Edge
@@ -472,6 +472,9 @@ class Bowl:
     def evaluate(self, chosen):
         return lambda points: np.square(points.astype(np.float64)).sum(axis=1).astype(np.float32) / 2, 1
 
+    def differentiate(self, chosen):
+        return lambda theta, directions: (float(np.square(theta, dtype=np.float64).sum() / 2), directions @ theta), 4
+
     def estimate(self, theta, chosen, maps):
         return theta * np.float32(1 + chosen[0]), float(np.square(theta, dtype=np.float64).sum() / 2)
 
@@ -491,6 +494,29 @@ def test_local_steps_walk_and_report_the_mean_of_their_estimates():
     assert (report.num_examples, report.forward_passes) == (3, 9 + 2 * len(BLOCKS))
     first = [float(estimates[0][a:b] @ estimates[0][a:b]) for a, b in BLOCKS]
     np.testing.assert_allclose(report.energy, first, rtol=100 * UNIT)
+
+
+def test_forward_mode_rectifies_an_estimate_as_two_point_slopes_do_for_one_pass_more_than_blocks():
+    asked, replica = plan(maps_version=-1)
+    asked = replace(asked, batch_size=1, guide_hash=digest(np.zeros((0, SIZE), np.float32)))
+    order = Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None)
+    two_sided, exact = (run_device(order, replica, Bowl(), None, None, method) for method in SlopeMethod)
+    # A bowl is quadratic: differences are exact up to float32 losses near |θ|²/2, divided by 2μ.
+    np.testing.assert_allclose(exact.agreement, two_sided.agreement, rtol=1e-2)
+    np.testing.assert_allclose(exact.energy, two_sided.energy, rtol=0)
+    assert two_sided.forward_passes - exact.forward_passes == 2 * len(BLOCKS) - (1 + len(BLOCKS)) > 0
+
+
+def test_five_directions_in_forward_mode_are_two_passes_with_a_loss_at_theta_each():
+    asked, replica = plan(num_random=5)
+    asked = replace(asked, feedback=None, guide_hash=digest(np.zeros((0, SIZE), np.float32)))
+    order = Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None)
+    report = run_device(order, replica, Bowl(), None, None, SlopeMethod.FORWARD_MODE)
+    assert report.forward_passes == (1 + 4) + (1 + 1)
+    assert report.loss == pytest.approx(float(replica.theta @ replica.theta) / 2, rel=1e-6)
+    found = run_device(order, replica, Bowl(), None, None)
+    assert found.forward_passes == 2 * 5
+    np.testing.assert_allclose(report.random_slopes, found.random_slopes, rtol=1e-2, atol=1e-2)
 
 
 def test_devices_round_what_they_send_each_by_itself():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cooperllm.algorithm import noise
-from cooperllm.algorithm.zeroth_order import estimate, slopes, weighted_sum
+from cooperllm.algorithm.zeroth_order import derivatives, estimate, slopes, weighted_sum
 
 
 def rows(*values):
@@ -135,6 +135,41 @@ def test_no_direction_gives_no_slope_and_no_pass():
         raise AssertionError
 
     found = slopes(never, np.zeros(2, np.float32), [], 1.0)
+    assert (found.shape, found.dtype) == ((0,), np.float32)
+
+
+def tangent_of_bowl(theta, directions):
+    return float(theta @ theta), directions @ (2 * theta)
+
+
+def test_forward_mode_is_the_limit_of_two_point_slopes():
+    """On a quadratic the two are the same for any μ; a power of two keeps θ ± μz exact."""
+    theta, probes = np.array([2, -1, 3], np.float32), rows([1, 2, 0], [0, -1, 4])
+    found = derivatives(tangent_of_bowl, theta, probes, directions_per_pass=4)
+    assert found.tolist() == slopes(bowl, theta, probes, 0.5).tolist() == [0, 26]
+
+
+@pytest.mark.parametrize(("directions_per_pass", "expected"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (64, [5])])
+def test_no_pass_carries_more_directions_than_allowed_and_none_is_padded(directions_per_pass, expected):
+    seen, drawn = [], []
+
+    def differentiate(theta, directions):
+        seen.append(len(directions))
+        assert len(drawn) == sum(seen)  # directions are drawn one pass at a time
+        return tangent_of_bowl(theta, directions)
+
+    lazily = (drawn.append(index) or noise.gaussian(1, index, 3) for index in range(5))
+    theta = np.ones(3, np.float32)
+    found = derivatives(differentiate, theta, lazily, directions_per_pass=directions_per_pass)
+    assert seen == expected
+    np.testing.assert_allclose(found, np.stack(directions(5, 3)) @ (2 * theta), rtol=1e-6)
+
+
+def test_forward_mode_without_directions_runs_nothing():
+    def never(theta, directions):
+        raise AssertionError
+
+    found = derivatives(never, np.zeros(2, np.float32), [], directions_per_pass=4)
     assert (found.shape, found.dtype) == ((0,), np.float32)
 
 

@@ -2,12 +2,17 @@
 
     g(z) = [ f(θ + μ z) - f(θ - μ z) ] / 2μ                (1)  two-point slope along z
     ĝ    = (1/P) Σ_p g(z_p) z_p,    z_p ~ N(0, I)          (2)  E[ĝ] = ∇f + O(μ²)
+    g(z) = ⟨∇f(θ), z⟩                                      (3)  forward mode: what (1) tends to for small μ
+
+(3) costs 1 + P forward passes for P directions where (1) costs 2 P: values and their derivatives along all directions go through the
+network together. No difference of two losses is taken, so that there is no μ and rounding of the losses is not magnified by 1/μ.
 
 Dimension key: P directions, n trainable parameters.
 
 References:
     Spall, 1992, Multivariate stochastic approximation using a simultaneous perturbation gradient approximation.
     Malladi et al., 2023, Fine-tuning language models with just forward passes (MeZO), arXiv:2305.17333, Definition 1.
+    Baydin et al., 2022, Gradients without backpropagation, arXiv:2202.08587.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +22,10 @@ import numpy as np
 from jaxtyping import Float32
 
 Evaluate = Callable[[Float32[np.ndarray, "P n"]], Float32[np.ndarray, "P"]]
-"""Losses of one fixed batch at P points: the only thing the algorithm asks of a runtime."""
+"""Losses of one fixed batch at P points: all that two-point slopes ask of a runtime."""
+
+Differentiate = Callable[[Float32[np.ndarray, "n"], Float32[np.ndarray, "P n"]], tuple[float, Float32[np.ndarray, "P"]]]
+"""The loss of one fixed batch at θ and its derivatives along P directions, from one forward pass that carries all of them."""
 
 
 def slopes(
@@ -59,6 +67,34 @@ def slopes(
             found += list((losses[0::2] - losses[1::2]) / (2 * scale))
     with np.errstate(over="ignore"):
         return np.array(found, np.float64).astype(np.float32)
+
+
+def derivatives(
+    differentiate: Differentiate,
+    theta: Float32[np.ndarray, "n"],
+    directions: Iterable[Float32[np.ndarray, "n"]],
+    *,
+    directions_per_pass: int,
+) -> Float32[np.ndarray, "P"]:
+    """Computes the slope of the loss along each direction in forward mode, eq. (3).
+
+    Args:
+        differentiate: Derivatives on one batch.
+        theta: Point of evaluation θ, shape [n]; not modified.
+        directions: Directions z_p, each of shape [n]; consumed one pass at a time.
+        directions_per_pass: How many directions share a pass, >= 1; each pass costs one forward pass more than it has directions.
+
+    Returns:
+        Slopes g(z_p), shape [P], in units of loss per unit of z, exact up to rounding. A non-finite loss gives a non-finite slope.
+
+    Example:
+        >>> gradient = np.array([3.0, -1.0], np.float32)
+        >>> f = lambda theta, z: (float(theta @ gradient), z @ gradient)
+        >>> derivatives(f, np.zeros(2, np.float32), np.eye(2, dtype=np.float32), directions_per_pass=4)
+        array([ 3., -1.], dtype=float32)
+    """
+    found = [differentiate(theta, np.stack(group))[1] for group in _batched(directions, directions_per_pass)]
+    return np.concatenate([np.zeros(0, np.float32), *found])
 
 
 def estimate(measured: Float32[np.ndarray, "P"], directions: Iterable[Float32[np.ndarray, "n"]]) -> Float32[np.ndarray, "n"]:

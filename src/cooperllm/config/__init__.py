@@ -9,7 +9,17 @@ from cooperllm.config.arm import (
     passes_of_estimates,
     queries_of_estimates,
 )
-from cooperllm.config.run import EngineName, OptimizerConfig, OptimizerKind, RunConfig, RuntimeName, Variant, from_plain, to_plain
+from cooperllm.config.run import (
+    EngineName,
+    OptimizerConfig,
+    OptimizerKind,
+    RunConfig,
+    RuntimeName,
+    SlopeMethod,
+    Variant,
+    from_plain,
+    to_plain,
+)
 from cooperllm.config.task import (
     NO_TEXT,
     UNLABELLED,
@@ -41,6 +51,7 @@ __all__ = [
     "Rectification",
     "RunConfig",
     "RuntimeName",
+    "SlopeMethod",
     "SourceConfig",
     "Variant",
     "from_plain",

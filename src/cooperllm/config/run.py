@@ -43,6 +43,13 @@ class RuntimeName(Enum):
     OPENVINO = "openvino"
 
 
+class SlopeMethod(Enum):
+    """How a device measures slopes: differences of two losses, or derivatives in forward mode, `algorithm.zeroth_order`."""
+
+    TWO_SIDED = "two-sided"
+    FORWARD_MODE = "forward-mode"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """The server's optimiser, which every replica replays.
@@ -85,7 +92,9 @@ class RunConfig:
         checkpoint_every: Rounds between checkpoints, >= 1; the log between them is replayed on resume.
         engine: What carries messages.
         runtime: What computes the devices' forward passes.
-        memory_mib: Memory that the points of one batched pass may take on a device, > 0; None evaluates one point at a time.
+        memory_mib: Memory that the points of one batched pass may take on a device, > 0; None evaluates one point at a time, or in forward
+            mode one point with four directions.
+        slope_method: How devices measure slopes; arms that ask their devices for none are the same with either.
     """
 
     recipe: str = "demo"
@@ -102,6 +111,7 @@ class RunConfig:
     engine: EngineName = EngineName.GRID
     runtime: RuntimeName = RuntimeName.TORCH
     memory_mib: float | None = None
+    slope_method: SlopeMethod = SlopeMethod.TWO_SIDED
 
     def __post_init__(self) -> None:
         check(self.num_rounds >= 1, "num_rounds", self.num_rounds, ">= 1")

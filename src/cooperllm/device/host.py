@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from cooperllm.algorithm import replay
 from cooperllm.algorithm.maps import DecodedMaps, joined, unpack_maps
 from cooperllm.algorithm.replay import Replica
-from cooperllm.config import OptimizerConfig
+from cooperllm.config import OptimizerConfig, SlopeMethod
 from cooperllm.device.probe import catch_up, run_device
 from cooperllm.device.runtime import Runtime, Trainer
 from cooperllm.link.codec import decode, encode
@@ -21,12 +21,18 @@ class Host:
     """
 
     def __init__(
-        self, runtimes: Sequence[Runtime], replica: Replica, optimizer: OptimizerConfig, history: Callable[[], Sequence[Update]]
+        self,
+        runtimes: Sequence[Runtime],
+        replica: Replica,
+        optimizer: OptimizerConfig,
+        history: Callable[[], Sequence[Update]],
+        slope_method: SlopeMethod = SlopeMethod.TWO_SIDED,
     ) -> None:
         self._runtimes = runtimes
         self._replica = replica
         self._optimizer = optimizer
         self._history = history
+        self._slope_method = slope_method
         self._maps: tuple[Maps, ...] = ()
         self._decoded: DecodedMaps | None = None
 
@@ -45,4 +51,4 @@ class Host:
                 self._decoded = unpack_maps(maps, *runtime.map_shape)
                 self._maps = maps
         trainer = runtime if isinstance(runtime, Trainer) else None  # one without PyTorch cannot back-propagate
-        return encode(run_device(order, self._replica, runtime, trainer, self._decoded))
+        return encode(run_device(order, self._replica, runtime, trainer, self._decoded, self._slope_method))

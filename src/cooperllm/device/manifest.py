@@ -24,8 +24,9 @@ PACKAGE_VERSION = 3
 """Raised whenever the meaning of a file in a package changes."""
 
 MANIFEST, WEIGHTS, THETA, TOKENIZER = "manifest.json", "weights.bin", "theta_0.bin", "tokenizer.json"
-LOSSES, PREFIX, OBSERVE, PULL_BACK = "losses", "prefix", "observe", "pull_back"
-"""Names of the graphs; `losses` is always there, `prefix` where layers below the first adapted one are frozen."""
+LOSSES, SLOPES, PREFIX, OBSERVE, PULL_BACK = "losses", "slopes", "prefix", "observe", "pull_back"
+"""Names of the graphs; `losses` is always there, `prefix` where layers below the first adapted one are frozen, `slopes` where each
+operation has a rule in `packaging.tangents`."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 32)]
@@ -143,8 +144,9 @@ class Manifest:
         n, golden = self.num_parameters, self.golden
         spans = [(layer.start, layer.stop) for layer in self.layers]
         wanted = {f"{name}.onnx" for name in self.graphs} | {WEIGHTS, THETA, TOKENIZER}
-        if not {LOSSES} <= set(self.graphs) <= {LOSSES, PREFIX, OBSERVE, PULL_BACK}:
-            return f"graphs {list(self.graphs)} found, '{LOSSES}' and some of '{PREFIX}', '{OBSERVE}', '{PULL_BACK}' expected"
+        if not {LOSSES} <= set(self.graphs) <= {LOSSES, SLOPES, PREFIX, OBSERVE, PULL_BACK}:
+            others = f"'{SLOPES}', '{PREFIX}', '{OBSERVE}', '{PULL_BACK}'"
+            return f"graphs {list(self.graphs)} found, '{LOSSES}' and some of {others} expected"
         if set(self.files) != wanted:
             return f"files {sorted(self.files)} found, {sorted(wanted)} expected"
         starts = [0, *(stop for _, stop in spans)]

@@ -20,10 +20,10 @@ from jaxtyping import Float32, Int64
 from cooperllm.algorithm import feedback, noise
 from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
-from cooperllm.algorithm.zeroth_order import Evaluate
-from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, Golden
+from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
+from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES, Golden
 from cooperllm.device.package import DeviceExamples, Package, read_package
-from cooperllm.device.runtime import GRAPH_SHARE
+from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE
 from cooperllm.device.settings import Settings
 from cooperllm.errors import ConfigError, PackageError
 
@@ -55,10 +55,6 @@ class OnnxForward:
     def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:
         """Returns a batch's loss as a function of points, with the number of points that fit the memory budget, one without."""
         indices = [self.shard[position] for position in chosen]
-        longest = max(len(self._examples.token_ids[index]) for index in indices)
-        points_per_pass = 1
-        if self._memory_mib is not None:
-            points_per_pass = max(1, int(self._memory_mib / self._package.manifest.widths.activation_mib(1, longest)))
 
         def losses(points: Float32[np.ndarray, "P n"]) -> Float32[np.ndarray, "P"]:
             self._check(points)
@@ -68,7 +64,35 @@ class OnnxForward:
             ]
             return np.concatenate(found, axis=1).mean(axis=1, dtype=np.float64).astype(np.float32)
 
-        return losses, points_per_pass
+        return losses, self._points_per_pass(indices, 1)
+
+    def differentiate(self, chosen: Sequence[int]) -> tuple[Differentiate, int]:
+        """Returns a batch's loss and its derivatives as a function of θ and directions: values once, tangents beside them."""
+        if SLOPES not in self._package.manifest.graphs:
+            raise ConfigError(
+                f"slope_method: found forward-mode and a package without it ({self._package.path}), expected two-sided, or a package with "
+                f"{SLOPES}.onnx: `cooperllm package` writes it for every model whose operations have a rule"
+            )
+        indices = [self.shard[position] for position in chosen]
+
+        def found(theta: Float32[np.ndarray, "n"], directions: Float32[np.ndarray, "P n"]) -> tuple[float, Float32[np.ndarray, "P"]]:
+            self._check(np.stack([theta, *directions]))
+            given = {"shift": self._shift, "theta": np.ascontiguousarray(theta), "directions": np.ascontiguousarray(directions)}
+            loss, total = 0.0, np.zeros(len(directions))
+            for batch in self._passes(indices, 1 + len(directions)):
+                seen = self._package.run(SLOPES, batch | given)
+                loss += float(seen["losses"].sum(dtype=np.float64))
+                total += seen["slopes"].sum(axis=1, dtype=np.float64)
+            return loss / len(indices), (total / len(indices)).astype(np.float32)
+
+        return found, max(1, self._points_per_pass(indices, 1 + DIRECTIONS_PER_PASS) - 1)
+
+    def _points_per_pass(self, indices: Sequence[int], default: int) -> int:
+        """The number of points of the longest example that fit the memory budget."""
+        if self._memory_mib is None:
+            return default
+        longest = max(len(self._examples.token_ids[index]) for index in indices)
+        return max(1, int(self._memory_mib / self._package.manifest.widths.activation_mib(1, longest)))
 
     def prepare(self) -> None:
         """Runs the frozen prefix on every example, so that it need not be loaded beside anything else."""

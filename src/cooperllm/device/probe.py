@@ -4,7 +4,8 @@ order --> replica at the plan's version --> batch --> slopes along columns and r
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -15,8 +16,8 @@ from cooperllm.algorithm.compression import EXACT, pack_unbiased
 from cooperllm.algorithm.guidance import random_directions
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.replay import Replica
-from cooperllm.algorithm.zeroth_order import Evaluate
-from cooperllm.config import OptimizerConfig, passes_of_estimates
+from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
+from cooperllm.config import OptimizerConfig, SlopeMethod, passes_of_estimates
 from cooperllm.device.runtime import Runtime, Trainer
 from cooperllm.errors import ProtocolError, ReplayMismatchError
 from cooperllm.messages import (
@@ -35,7 +36,14 @@ BATCH_STREAM = 1 << 62
 """Noise indices from here on choose batches, so that no random direction shares a key with them."""
 
 
-def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Trainer | None, maps: DecodedMaps | None) -> DeviceReport:
+def run_device(
+    order: Order,
+    replica: Replica,
+    runtime: Runtime,
+    trainer: Trainer | None,
+    maps: DecodedMaps | None,
+    slope_method: SlopeMethod = SlopeMethod.TWO_SIDED,
+) -> DeviceReport:
     """Answers a plan with measurements on private data.
 
     Args:
@@ -44,6 +52,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         runtime: Forward passes over the private examples.
         trainer: Back-propagation, or None on a device that has none.
         maps: Feedback maps that the device holds, or None.
+        slope_method: How slopes are measured.
 
     Returns:
         The report; a non-finite loss is an outcome, not an exception.
@@ -60,14 +69,14 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
     nothing = np.zeros(0, np.float32)
     column_slopes, random_slopes, agreement, energy, estimate = nothing, nothing, nothing, nothing, None
     chosen = choose_batch(plan, order.device_id, runtime.num_examples, 0)
-    num_examples, forward_passes, bits, losses = len(chosen), 0, EXACT, list[float]()
+    num_examples, bits, meter = len(chosen), EXACT, _Meter(runtime, chosen, replica.theta, slope_method)
+    forward_passes, losses = 0, meter.losses
     if plan.probes is not None:
-        column_slopes, random_slopes = _probe(order, plan.probes, columns, basis, replica, _batch(runtime, chosen, losses))
-        forward_passes += 2 * (len(column_slopes) + len(random_slopes))
+        column_slopes, random_slopes = _probe(order, plan.probes, columns, basis, replica, meter)
     if plan.feedback is not None:
         estimate, first, num_examples, loss = _estimate(order, plan.feedback, replica, runtime, _known_maps(plan, plan.feedback, maps))
-        agreement, energy = _rectify(first, plan.feedback, replica, runtime.evaluate(chosen))
-        forward_passes += passes_of_estimates(plan.feedback.num_steps) + 2 * len(agreement)
+        agreement, energy = _rectify(first, plan.feedback, meter)
+        forward_passes += passes_of_estimates(plan.feedback.num_steps)
         bits, losses = plan.feedback.bits, [loss]
     if plan.local_training is not None and trainer is not None:
         estimate, num_examples, loss = _train(order, plan.local_training, replica, runtime, trainer)
@@ -89,7 +98,7 @@ def run_device(order: Order, replica: Replica, runtime: Runtime, trainer: Traine
         estimate=pack_unbiased(estimate, bits, plan.seed, order.device_id) if is_finite and estimate is not None else None,
         agreement=agreement,
         energy=energy,
-        forward_passes=forward_passes,
+        forward_passes=forward_passes + meter.forward_passes,
     )
 
 
@@ -158,16 +167,43 @@ def _known_maps(plan: Plan, asked: Feedback, maps: DecodedMaps | None) -> Decode
     return maps
 
 
-def _batch(runtime: Runtime, chosen: list[int], losses: list[float]) -> tuple[Evaluate, int]:
-    """A batch's loss as a function of points, which notes every loss that is taken, and the points that one pass may hold."""
-    evaluate, points_per_pass = runtime.evaluate(chosen)
+class _Meter:
+    """Slopes on one batch, by either method.
 
-    def noted(points: Float32[np.ndarray, "P n"]) -> Float32[np.ndarray, "P"]:
+    Attributes:
+        losses: Every loss that was taken.
+        forward_passes: Those that were run: one for each point, and in forward mode one for each direction and each pass's own point.
+    """
+
+    def __init__(self, runtime: Runtime, chosen: list[int], theta: Float32[np.ndarray, "n"], method: SlopeMethod) -> None:
+        self.losses: list[float] = []
+        self.forward_passes = 0
+        self._runtime, self._chosen, self._theta, self._method = runtime, chosen, theta, method
+
+    def slopes(self, *asked: tuple[Iterable[Float32[np.ndarray, "n"]], int, float]) -> list[Float32[np.ndarray, "_P"]]:
+        """Measures slopes along several sets of directions, each with their number and the μ of two-point slopes."""
+        if self._method is SlopeMethod.TWO_SIDED:
+            evaluate, most = self._runtime.evaluate(self._chosen)
+            noted = partial(self._evaluated, evaluate)
+            return [zeroth_order.slopes(noted, self._theta, directions, scale, points_per_pass=most) for directions, _, scale in asked]
+        differentiate, most = self._runtime.differentiate(self._chosen)
+        noted, everything = partial(self._differentiated, differentiate), chain.from_iterable(directions for directions, _, _ in asked)
+        found = zeroth_order.derivatives(noted, self._theta, everything, directions_per_pass=most)
+        return np.split(found, np.cumsum([number for _, number, _ in asked])[:-1])
+
+    def _evaluated(self, evaluate: Evaluate, points: Float32[np.ndarray, "P n"]) -> Float32[np.ndarray, "P"]:
         found = evaluate(points)
-        losses.extend(found.tolist())
+        self.losses.extend(found.tolist())
+        self.forward_passes += len(points)
         return found
 
-    return noted, points_per_pass
+    def _differentiated(
+        self, differentiate: Differentiate, theta: Float32[np.ndarray, "n"], directions: Float32[np.ndarray, "P n"]
+    ) -> tuple[float, Float32[np.ndarray, "P"]]:
+        loss, found = differentiate(theta, directions)
+        self.losses.append(loss)
+        self.forward_passes += 1 + len(directions)
+        return loss, found
 
 
 def _estimate(
@@ -186,7 +222,7 @@ def _estimate(
 
 
 def _rectify(
-    estimate: Float32[np.ndarray, "n"], asked: Feedback, replica: Replica, batch: tuple[Evaluate, int]
+    estimate: Float32[np.ndarray, "n"], asked: Feedback, meter: _Meter
 ) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b"]]:
     """Measures <g, ê_b> along each block of an estimate, `algorithm.feedback`, eq. (7)."""
     if any(stop > len(estimate) for _, stop in asked.blocks):
@@ -199,7 +235,7 @@ def _rectify(
             direction[start:stop] = estimate[start:stop] / (length or np.float32(1))
             yield direction
 
-    slopes = zeroth_order.slopes(batch[0], replica.theta, directions(), asked.slope_scale, points_per_pass=batch[1])
+    (slopes,) = meter.slopes((directions(), len(lengths), asked.slope_scale))
     return slopes * lengths, lengths * lengths
 
 
@@ -209,14 +245,12 @@ def _probe(
     columns: Float32[np.ndarray, "k n"],
     basis: Sequence[np.ndarray],
     replica: Replica,
-    batch: tuple[Evaluate, int],
+    meter: _Meter,
 ) -> tuple[Float32[np.ndarray, "columns"], Float32[np.ndarray, "random"]]:
-    evaluate, points_per_pass = batch
     measured = columns if probes.measures_columns else columns[:0]
-    column_slopes = zeroth_order.slopes(evaluate, replica.theta, measured, probes.column_scale, points_per_pass=points_per_pass)
     random = random_directions(order.plan.seed, order.group, probes, basis if len(basis) else list(columns), len(replica.theta))
-    random_slopes = zeroth_order.slopes(evaluate, replica.theta, random, probes.random_scale, points_per_pass=points_per_pass)
-    return column_slopes, random_slopes
+    found = meter.slopes((measured, len(measured), probes.column_scale), (random, probes.num_random, probes.random_scale))
+    return found[0], found[1]
 
 
 def _train(

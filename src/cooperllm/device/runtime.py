@@ -7,10 +7,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm.maps import DecodedMaps
-from cooperllm.algorithm.zeroth_order import Evaluate
+from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 
 GRAPH_SHARE = 2
 """A layer that is differentiated keeps about so many times what it needs to run: an estimate's pass counts as so many points."""
+
+DIRECTIONS_PER_PASS = 4
+"""Directions of one forward-mode pass where no memory budget says otherwise: 1.25 forward passes each, docs/devices.md."""
 
 
 @runtime_checkable
@@ -35,6 +38,20 @@ class Runtime(Protocol):
 
         Returns:
             (losses of the batch as a function of points θ [P, n], points that one pass may hold).
+        """
+        ...
+
+    def differentiate(self, chosen: Sequence[int]) -> tuple[Differentiate, int]:
+        """Prepares one batch for slopes in forward mode.
+
+        Args:
+            chosen: Which private examples, positions in [0, num_examples).
+
+        Returns:
+            (loss of the batch and its derivatives as a function of θ [n] and directions [P, n], directions that one pass may hold).
+
+        Raises:
+            ConfigError: If the runtime has no forward mode for this model.
         """
         ...
 

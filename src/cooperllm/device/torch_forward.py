@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cooperllm.algorithm import feedback
 from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
-from cooperllm.algorithm.zeroth_order import Evaluate
+from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 from cooperllm.config import AdapterKind, ModelConfig
-from cooperllm.device.runtime import GRAPH_SHARE
+from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE
 
 
 @runtime_checkable
@@ -68,9 +68,6 @@ class TorchForward:
     def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:
         """Pads a batch once and returns its loss as a function of points, with the number of points that fit the memory budget."""
         batch = self._model.batch(self._examples, [self.shard[position] for position in chosen])
-        points_per_pass = 1
-        if self._memory_mib is not None:
-            points_per_pass = max(1, int(self._memory_mib / self._model.activation_mib(batch)))
 
         def loss(theta: torch.Tensor) -> torch.Tensor:
             return self._loss(theta, batch)
@@ -83,7 +80,31 @@ class TorchForward:
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule for a batch of adapters
                     return torch.func.vmap(loss)(theta).float().numpy()
 
-        return losses, points_per_pass
+        return losses, self._points_per_pass(batch, 1)
+
+    def differentiate(self, chosen: Sequence[int]) -> tuple[Differentiate, int]:
+        """Returns a batch's loss and its derivatives by PyTorch's own forward mode: the loss once, the directions side by side."""
+        batch = self._model.batch(self._examples, [self.shard[position] for position in chosen])
+
+        def found(theta: Float32[np.ndarray, "n"], directions: Float32[np.ndarray, "P n"]) -> tuple[float, Float32[np.ndarray, "P"]]:
+            point = torch.from_numpy(theta.copy())
+
+            def loss(theta: torch.Tensor) -> torch.Tensor:
+                return self._loss(theta, batch)
+
+            def along(direction: torch.Tensor) -> Any:
+                return torch.func.jvp(loss, (point,), (direction,))
+
+            side_by_side: Any = torch.func.vmap(along, out_dims=(None, 0))  # pyright: ignore[reportArgumentType] -- None is a dimension, too
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no derivative in forward mode
+                value, slopes = side_by_side(torch.from_numpy(directions))
+            return float(value), slopes.float().numpy()
+
+        return found, max(1, self._points_per_pass(batch, 1 + DIRECTIONS_PER_PASS) - 1)
+
+    def _points_per_pass(self, batch: Any, default: int) -> int:
+        """The number of points that fit the memory budget."""
+        return default if self._memory_mib is None else max(1, int(self._memory_mib / self._model.activation_mib(batch)))
 
     @property
     def map_shape(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The four computations of a device, as modules that can be traced.
+"""The five computations of a device, as modules that can be traced.
 
     prefix     token ids, mask -> states entering the first adapted layer                (1)  once per example
     losses     states or token ids, mask, labels, shift, θ [P, n] -> losses [P, B]       (2)  slopes
@@ -6,6 +6,7 @@
                layer on, what the layers below were given and gave                                            (3)  first feedback pass
     pull_back  θ [n], δ at the outputs of the layers below, what they were given -> Σ_t δ_tᵀ ∂y_t/∂w, layer by layer from the last one
                down; δ_k is what is given for a layer, plus c times Σ_t δ_tᵀ ∂y_t/∂x of the layer above        (4)  second feedback pass
+    slopes     as (2) with θ [n], directions [P, n] -> losses [B], their derivatives [P, B]                 (5)  slopes in forward mode
 
 With c = 1 and (3)'s gradient for the topmost of these layers, (4) is back-propagation; with c = 0 every δ is somebody's prediction.
 Vector-Jacobian products are those of one layer each, written down as ordinary operations by tracing them: a device needs no autograd. What
@@ -20,13 +21,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cooperllm.adapted_layers import AdaptedLayer, Call, output_of, states_of, with_states
 from cooperllm.models import Model
 from cooperllm.packaging.points import points_beside
+from cooperllm.packaging.tangents import Dual, WithTangents
 
 
 class PlainLinear(TorchFunctionMode):
@@ -72,6 +74,34 @@ class Losses(nn.Module):
         with points_beside(self.network, model.layout, theta):
             scores = _scores(model, rows, masks)
         return _losses(scores.reshape(num_points, -1, model.num_classes) + shift, labels)
+
+
+class PointLosses(nn.Module):
+    """Every example's loss at one point, which (5) differentiates."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.network, self._model = model.network, model
+
+    def forward(self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor) -> Tensor:
+        """Returns losses [B]."""
+        at_point = partial(torch.func.functional_call, self.network, self._model.layout.views(theta))
+        return _losses(_scores(self._model, given, mask, at_point) + shift, labels)
+
+
+class Slopes(nn.Module):
+    """Every example's loss at one point and its derivatives along directions, eq. (5): `losses` is a traced `PointLosses`."""
+
+    def __init__(self, losses: fx.GraphModule) -> None:
+        super().__init__()
+        self._losses = losses
+
+    def forward(
+        self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor, directions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns losses [B] and derivatives [P, B]."""
+        found = WithTangents(self._losses).run(given, mask, labels, shift, Dual(theta, directions))
+        return found.value, found.tangents
 
 
 class Forward(nn.Module):

@@ -9,15 +9,16 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK
+from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES
 from cooperllm.errors import ConfigError
 from cooperllm.models import Batch, Model
-from cooperllm.packaging.graphs import Forward, Losses, Observe, PlainLinear, Prefix, PullBack
+from cooperllm.packaging.graphs import Forward, Losses, Observe, PlainLinear, PointLosses, Prefix, PullBack, Slopes
+from cooperllm.packaging.tangents import MissingRuleError
 
 OPSET = 20
 """Version of the operators; onnxruntime knows it from 1.18 on."""
@@ -26,13 +27,14 @@ BACKWARD: dict[Any, Any] = {operator: rule for operator, rule in core_aten_decom
 """Derivatives of activations and norms in terms of ordinary operations: the exporter knows few of them itself."""
 
 
-def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx.ModelProto], list[int]]:
+def graphs_of(model: Model, theta: Tensor, batch: Batch, *, needs_slopes: bool = False) -> tuple[dict[str, onnx.ModelProto], list[int]]:
     """Traces everything that a device computes.
 
     Args:
         model: A model.
         theta: Any θ, shape [n].
         batch: Any examples.
+        needs_slopes: Whether a model without forward mode is refused; its other graphs are all there otherwise.
 
     Returns:
         (graphs by name; for each layer that needs maps the place of its output among the tensors that `observe` hands out).
@@ -56,6 +58,14 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
             ["given", "mask", "labels", "shift", "theta"],
             ["losses"],
         )
+        try:
+            graphs[SLOPES] = _slopes(model, (given, batch.mask, batch.labels, shift, theta), (rows, rows, examples, None, None))
+        except MissingRuleError as missing:
+            if needs_slopes:
+                raise ConfigError(
+                    f"slope_method: found forward-mode, expected two-sided for {model.config.name!r} in a device package: "
+                    f"`packaging.tangents` has no rule for {missing}; choose --slopes two-sided, or --runtime torch"
+                ) from missing
         if not model.adapted.is_complete:
             return graphs, []
         push = torch.zeros(*batch.mask.shape, model.adapted.width)
@@ -84,6 +94,20 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch) -> tuple[dict[str, onnx
             ["gradient"],
         )
     return graphs, watched.outputs
+
+
+def _slopes(model: Model, first: tuple[Tensor, ...], dynamic_shapes: Sequence[Any]) -> onnx.ModelProto:
+    """Differentiates the losses before anything of them is rounded: integer products have no derivative."""
+    taken = {*first[1].shape, model.num_classes, model.layout.size, model.adapted.width}
+    directions = next(size for size in count(2) if taken.isdisjoint({size, 1 + size}))  # with the values they are 1 + P factors
+    arguments = (*first, first[-1].repeat(directions, 1))
+    return _onnx(
+        Slopes(_functional(PointLosses(model), first)),
+        arguments,
+        (*dynamic_shapes, {0: torch.export.Dim.DYNAMIC}),
+        ["given", "mask", "labels", "shift", "theta", "directions"],
+        ["losses", "slopes"],
+    )
 
 
 def _with_open_sizes(batch: Batch, taken: Set[int]) -> Batch:
@@ -142,8 +166,8 @@ def _exported(module: nn.Module, arguments: tuple[Tensor, ...], dynamic_shapes: 
         return torch.export.export(module, arguments, dynamic_shapes=tuple(dynamic_shapes), strict=False)
 
 
-def _functional(module: nn.Module, arguments: tuple[Tensor, ...]) -> nn.Module:
-    """Writes a backward pass down as forward operations, sizes still open."""
+def _functional(module: nn.Module, arguments: tuple[Tensor, ...]) -> fx.GraphModule:
+    """Writes a derivative down as forward operations, sizes still open."""
     with PlainLinear():
         graph = make_fx(module, decomposition_table=BACKWARD, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments)
     for node in [node for node in graph.graph.nodes if node.target is torch.ops.aten.size.default]:

@@ -38,7 +38,14 @@ TOLERANCES = {Variant.FP32: 1e-4, Variant.INT8: 0.05}
 
 
 def write_package(
-    model: Model, theta: Float32[np.ndarray, "n"], directory: Path | str, *, label_names: Sequence[str], variant: Variant, seed: int
+    model: Model,
+    theta: Float32[np.ndarray, "n"],
+    directory: Path | str,
+    *,
+    label_names: Sequence[str],
+    variant: Variant,
+    seed: int,
+    needs_slopes: bool = False,
 ) -> Manifest:
     """Writes what a device needs to run a model without PyTorch.
 
@@ -49,6 +56,7 @@ def write_package(
         label_names: Names of the classes.
         variant: How the frozen weights are kept.
         seed: The run's seed that θ_0 belongs to.
+        needs_slopes: Whether a model without forward mode is refused.
 
     Returns:
         The manifest.
@@ -64,7 +72,7 @@ def write_package(
     shutil.rmtree(part, ignore_errors=True)  # of an attempt that was interrupted
     part.mkdir(parents=True)
     try:
-        manifest = _written(model, theta, part, label_names, variant, seed)
+        manifest = _written(model, theta, part, label_names, variant, seed, needs_slopes)
         open_package(part)
     except PackageError as error:
         raise PackageError(f"the package does not do what the model does: {error}") from error
@@ -76,14 +84,20 @@ def write_package(
 
 
 def _written(
-    model: Model, theta: Float32[np.ndarray, "n"], part: Path, label_names: Sequence[str], variant: Variant, seed: int
+    model: Model,
+    theta: Float32[np.ndarray, "n"],
+    part: Path,
+    label_names: Sequence[str],
+    variant: Variant,
+    seed: int,
+    needs_slopes: bool,  # noqa: FBT001 -- handed on
 ) -> Manifest:
     (part / TOKENIZER).write_text(model.tokenizer_json(), encoding="utf8")
     theta.astype("<f4").tofile(part / THETA)
     labels = [number % model.num_classes for number in range(len(GOLDEN_TEXTS))]
     examples = model.encode(GOLDEN_TEXTS, None, labels)
     batch = model.batch(examples, range(len(examples)))
-    graphs, seen = graphs_of(model, torch.from_numpy(theta.copy()), batch)
+    graphs, seen = graphs_of(model, torch.from_numpy(theta.copy()), batch, needs_slopes=needs_slopes)
     multiplied = multiplications(graphs[LOSSES])
     if variant is Variant.INT8:
         for graph in graphs.values():
