@@ -25,7 +25,12 @@ from cooperllm.run_directory import RunDirectory
 DATA, INITIAL = 1 << 32, 2 << 32
 """Children of the run's seed; rounds are its first 2³² children."""
 
-VARIANTS = {RuntimeName.ONNX: Variant.FP32, RuntimeName.ONNX_INT8: Variant.INT8}
+VARIANTS = {
+    RuntimeName.ONNX: Variant.FP32,
+    RuntimeName.ONNX_INT8: Variant.INT8,
+    RuntimeName.ONNX_INT8_WEIGHTS: Variant.INT8_WEIGHTS,
+    RuntimeName.ONNX_INT4: Variant.INT4,
+}
 """Packages of the runtimes that need one."""
 
 
