@@ -2,27 +2,26 @@
 
     y ≈ s_x ∘ s_w ∘ ( round(x / s_x) · round(W / s_w) ),   s_x = max|x| / 127 for each row,   s_w = max|W| / 127 for each column       (1)
     y = x Ŵ,   Ŵ = s_w ∘ round(W / s_w),   s_w as in (1)                                                                               (2)
-    y = x Ŵ,   Ŵ = s_b ∘ (q - 8),   q = round(W / s_b) + 8 in 0 ... 15,   s_b = -(the largest entry) / 8 for 32 entries of a column    (3)
+    y = x Ŵ,   Ŵ = s_b ∘ q,   q in -8 ... 7,   s_b and q of the least squared error over 32 entries of a column                        (3)
 
 (1) is the variant int8: integer products, one scale for each row of the activation. A scale for the whole activation would make an
-example's loss depend on its neighbours; a scale for each row does not. (2) is int8-weights and (3) int4: the products are float32, so that the
-losses are a smooth function of θ, and finite differences have no rounding in them whatever μ is. Embeddings are quantised row by row as in
-(2), for int4 as in (3).
+example's loss depend on its neighbours; a scale for each row does not. (2) is int8-weights and (3) int4: their products are float32,
+so that losses are a smooth function of θ and a slope has no rounding in it, whatever μ is. Rows of embeddings are kept as in (2), for
+int4 as in (3).
 
-A product with Wᵀ, which vector-Jacobian products have, multiplies by the same codes as the product with W in (2) and (3), and is the exact
-derivative of it; in (1) it has codes of its own, since scales must not stand inside an integer sum.
+A product with Wᵀ, which vector-Jacobian products have, multiplies by the same codes as the product with W in (2). In (1) and (3) Wᵀ has
+codes of its own, since an operator for integer sums or blocks takes them in one order alone.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int8, UInt8
 from onnx import TensorProto, helper, numpy_helper
 
 from cooperllm.config import Variant
-from cooperllm.packaging.weights import drop_unused
+from cooperllm.packaging.weights import CONTRIB, drop_unused, knows_contrib
 
 SMALLEST_SIDE = 32
 """Matrices with a shorter side stay float32: they weigh nothing, and their rounding would not average out."""
@@ -30,8 +29,8 @@ SMALLEST_SIDE = 32
 BLOCK = 32
 """Entries that share a scale in (3); columns of another number of entries are quantised as in (2)."""
 
-CONTRIB = "com.microsoft"
-"""Domain of ONNX Runtime's own operators."""
+SHARES = np.linspace(0.7, 1.15, 10, dtype=np.float32)
+"""Scales that are tried for (3), as shares of the one that meets the entry of the largest magnitude."""
 
 
 def quantise(model: onnx.ModelProto, variant: Variant) -> int:
@@ -53,12 +52,11 @@ def quantise(model: onnx.ModelProto, variant: Variant) -> int:
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(quantiser.added.values())
     drop_unused(model.graph)
-    if not any(one.domain == CONTRIB for one in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    knows_contrib(model)
     return count
 
 
-def rows_to_int8(rows: Float32[np.ndarray, "N K"]) -> tuple[np.ndarray, Float32[np.ndarray, "N"]]:
+def rows_to_int8(rows: Float32[np.ndarray, "N K"]) -> tuple[Int8[np.ndarray, "N K"], Float32[np.ndarray, "N"]]:
     """Rounds each row to 255 steps, eq. (2).
 
     Args:
@@ -76,41 +74,58 @@ def rows_to_int8(rows: Float32[np.ndarray, "N K"]) -> tuple[np.ndarray, Float32[
     return np.rint(rows / scales[:, None]).astype(np.int8), scales
 
 
-def rows_to_int4(rows: Float32[np.ndarray, "N K"]) -> tuple[UInt8[np.ndarray, "N K"], Float32[np.ndarray, "N blocks"]]:
-    """Rounds each block of a row to 16 steps, eq. (3); the entry of the largest magnitude is met exactly.
+def rows_to_int4(rows: Float32[np.ndarray, "N K"]) -> tuple[Int8[np.ndarray, "N K"], Float32[np.ndarray, "N blocks"]]:
+    """Rounds each block of a row to 16 steps, eq. (3).
 
     Args:
         rows: A matrix whose rows are whole blocks.
 
     Returns:
-        (codes 0 ... 15 [N, K]; scales [N, K / 32]); a block ≈ (codes - 8) · scale.
+        (codes -8 ... 7 [N, K]; scales [N, K / 32]); a block ≈ codes · scale.
 
     Example:
-        >>> codes, scales = rows_to_int4(np.linspace(-1, 1, 32, dtype=np.float32)[None])
-        >>> codes[0, [0, 15, 16, 31]].tolist(), scales.tolist()
-        ([0, 8, 8, 15], [[0.125]])
+        >>> codes, scales = rows_to_int4(np.arange(-8, 8, 0.5, dtype=np.float32)[None])
+        >>> codes[0, :5].tolist(), scales.round(3).tolist()
+        ([-8, -8, -7, -6, -6], [[1.0]])
     """
     blocks = rows.reshape(len(rows), -1, BLOCK)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-    scales = np.where(largest == 0, 1, largest / -8).astype(np.float32)
-    codes = np.clip(np.rint(blocks / scales) + 8, 0, 15).astype(np.uint8)
-    return codes.reshape(rows.shape), scales[..., 0]
+    whole = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1) / -8
+    whole = np.where(whole == 0, 1, whole).astype(np.float32)
+    codes, scales, least = np.zeros(blocks.shape, np.int8), whole, np.full(whole.shape, np.inf, np.float32)
+    for share in SHARES:
+        tried = np.clip(np.rint(blocks / (share * whole)), -8, 7)
+        scale = (tried * blocks).sum(-1, keepdims=True) / np.maximum((tried * tried).sum(-1, keepdims=True), 1)
+        error = ((tried * scale - blocks) ** 2).sum(-1, keepdims=True)
+        better = error < least
+        codes, scales, least = np.where(better, tried, codes), np.where(better, scale, scales), np.where(better, error, least)
+    return codes.astype(np.int8).reshape(rows.shape), scales[..., 0].astype(np.float32)
 
 
-def packed(codes: UInt8[np.ndarray, "N K"]) -> UInt8[np.ndarray, "N half"]:
+def packed(codes: Int8[np.ndarray, "N K"], zero_point: int) -> UInt8[np.ndarray, "N half"]:
     """Puts two codes of 4 bits in a byte, the first in its lower half.
 
     Args:
-        codes: 0 ... 15, an even number in each row.
+        codes: -8 ... 7, an even number in each row.
+        zero_point: What stands for 0: 8, or 0 for two's complement.
 
     Returns:
         Bytes.
 
     Example:
-        >>> packed(np.array([[1, 2, 15, 0]], np.uint8)).tolist()
-        [[33, 15]]
+        >>> packed(np.array([[-8, 7]], np.int8), 8).tolist(), packed(np.array([[-8, 7]], np.int8), 0).tolist()
+        ([[240]], [[120]])
     """
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
+    nibbles = (codes + np.int8(zero_point)).astype(np.uint8) & 15
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+
+class _Product(NamedTuple):
+    """Names of a product's tensors: y = x W, or x Wᵀ where W is turned."""
+
+    name: str
+    turned: bool
+    x: str
+    y: str
 
 
 class _Quantiser:
@@ -137,7 +152,7 @@ class _Quantiser:
             turned = node.input[1] in self._turned
             name = self._turned.get(node.input[1], node.input[1])
             if self._is_heavy(name):
-                new = self._product(name, node.input[0], node.output[0], turned)
+                new = self._product(_Product(name, turned, node.input[0], node.output[0]))
         elif node.op_type == "Gather" and self._is_heavy(node.input[0]) and not any(item.i for item in node.attribute):  # of whole rows
             new = self._table(node.input[0], node.input[1], node.output[0])
         self.count += bool(new)
@@ -145,27 +160,21 @@ class _Quantiser:
 
     def _is_heavy(self, name: str) -> bool:
         tensor = self._constants.get(name)
-        return (
-            tensor is not None
-            and tensor.data_type == TensorProto.FLOAT
-            and len(tensor.dims) == 2
-            and min(tensor.dims) >= SMALLEST_SIDE
-        )
+        return tensor is not None and tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and min(tensor.dims) >= SMALLEST_SIDE
 
-    def _product(self, name: str, x: str, y: str, turned: bool) -> list[onnx.NodeProto]:
-        size_in = self._constants[name].dims[0]
+    def _product(self, product: _Product) -> list[onnx.NodeProto]:
         if self._variant is Variant.INT8:
-            return self._integer_product(name, x, y, turned)
-        if self._variant is Variant.INT4 and size_in % BLOCK == 0:
-            return self._product_of_blocks(name, x, y, turned)
-        return self._product_of_rows(name, x, y, turned)
+            return self._integer_product(product)
+        if self._variant is Variant.INT4 and self._constants[product.name].dims[int(product.turned)] % BLOCK == 0:
+            return self._product_with_blocks(product)
+        return self._product_with_columns(product)
 
-    def _integer_product(self, name: str, x: str, y: str, turned: bool) -> list[onnx.NodeProto]:
+    def _integer_product(self, product: _Product) -> list[onnx.NodeProto]:
         """Eq. (1) in ordinary operators; activations are unsigned with zero point 128, which is what integer units multiply fast."""
-        codes, scale = f"{name}.int8{'_turned' * turned}", f"{name}.scale{'_turned' * turned}"
+        name, turned, x, y = product
+        codes, scale = f"{name}.codes{turned:d}", f"{name}.scale{turned:d}"
         if codes not in self.added:
-            values = self._values(name)
-            found, scales = rows_to_int8(np.ascontiguousarray(values if turned else values.T))
+            found, scales = rows_to_int8(self._columns(product))
             self._add(codes, np.ascontiguousarray(found.T))
             self._add(scale, scales)
         for constant, value in {
@@ -191,78 +200,66 @@ class _Quantiser:
             _step("Mul", [f"{y}.by_row", scale], y),
         ]
 
-    def _product_of_rows(self, name: str, x: str, y: str, turned: bool) -> list[onnx.NodeProto]:
-        """Eq. (2), columns kept as rows: a runtime dequantises those fastest, one matrix at a time, and forgets it after the product."""
-        if f"{name}.int8" not in self.added:
-            codes, scales = rows_to_int8(np.ascontiguousarray(self._values(name).T))
-            self._add(f"{name}.int8", codes)
-            self._add(f"{name}.scale", scales)
-        return self._with_matrix(x, y, turned, [f"{name}.int8", f"{name}.scale"], axis=0)
-
-    def _product_of_blocks(self, name: str, x: str, y: str, turned: bool) -> list[onnx.NodeProto]:
-        """Eq. (3); both operators read the same bytes."""
-        import os
-        size_in, size_out = self._constants[name].dims
-        eights = f"cooperllm.eights_{size_out}_{size_in // BLOCK}"
-        if f"{name}.scales" not in self.added:
-            codes, scales = rows_to_int4(np.ascontiguousarray(self._values(name).T))
-            self._add(f"{name}.bytes", packed(codes).reshape(size_out, -1, BLOCK // 2))
-            self._add_nibbles(f"{name}.codes", packed(codes), TensorProto.UINT4, (size_out, size_in))
-            self._add(f"{name}.scales", scales)
-            self._add_nibbles(eights, np.full((scales.size + 1) // 2, 0x88, np.uint8), TensorProto.UINT4, scales.shape)
-        if turned or os.environ.get("DQ4"):
-            return self._with_matrix(x, y, turned, [f"{name}.codes", f"{name}.scales", eights], axis=1, block_size=BLOCK)
-        return [
-            _step(
-                "MatMulNBits", [x, f"{name}.bytes", f"{name}.scales"], y, domain=CONTRIB, K=size_in, N=size_out, bits=4, block_size=BLOCK
-            )
-        ]
-
-    def _table(self, name: str, places: str, y: str) -> list[onnx.NodeProto]:
-        """Rows of an embedding."""
-        if self._variant is Variant.INT4 and self._constants[name].dims[1] % BLOCK == 0:
-            if f"{name}.scales" not in self.added:
-                pass
-            codes, scales = rows_to_int4(self._values(name))
-            # Signed here, for which the operator needs no zero points: code - 8 in two's complement.
-            self._add_nibbles(f"{name}.signed_codes", packed(codes ^ 8), TensorProto.INT4, codes.shape)
-            self._add(f"{name}.table_scales", scales)
-            inputs = [f"{name}.signed_codes", places, f"{name}.table_scales"]
-            return [_step("GatherBlockQuantized", inputs, y, domain=CONTRIB, gather_axis=0, quantize_axis=1, block_size=BLOCK)]
-        codes, scales = rows_to_int8(self._values(name))
-        self._add(f"{name}.row_codes", codes)
-        self._add(f"{name}.row_scales", scales[:, None])
-        return [
-            _step("Gather", [f"{name}.row_codes", places], f"{y}.codes"),
-            _step("Cast", [f"{y}.codes"], f"{y}.float_codes", to=TensorProto.FLOAT),
-            _step("Gather", [f"{name}.row_scales", places], f"{y}.row_scales"),
-            _step("Mul", [f"{y}.float_codes", f"{y}.row_scales"], y),
-        ]
-
-    def _with_matrix(self, x: str, y: str, turned: bool, inputs: list[str], **attributes: int) -> list[onnx.NodeProto]:
-        """y = x Mᵀ, or x M, where M is dequantised when x is there.
+    def _product_with_columns(self, product: _Product) -> list[onnx.NodeProto]:
+        """Eq. (2), columns kept as rows, which a runtime dequantises fastest; one matrix at a time is float32, and none afterwards.
 
         Left to itself, a runtime dequantises the matrices of half a network before it multiplies by the first; so the scale comes out of
         an operation that waits for x. The product is the runtime's own operator, since it joins ordinary ones with a dequantisation into
         one that rounds activations.
         """
+        name, turned, x, y = product
+        codes, scale = f"{name}.columns", f"{name}.column_scale"
+        if codes not in self.added:
+            found, scales = rows_to_int8(self._columns(product._replace(turned=False)))
+            self._add(codes, found)
+            self._add(scale, scales)
         self._add("cooperllm.one", np.array([1], np.int64))
         return [
             _step("Shape", [x], f"{y}.num_rows", start=0, end=1),
-            _step("Min", [f"{y}.num_rows", "cooperllm.one"], f"{y}.ready"),
-            _step("Expand", [inputs[1], f"{y}.ready"], f"{y}.scale"),
-            _step("DequantizeLinear", [inputs[0], f"{y}.scale", *inputs[2:]], f"{y}.matrix", **attributes),
+            _step("Min", [f"{y}.num_rows", "cooperllm.one"], f"{y}.one"),
+            _step("Expand", [scale, f"{y}.one"], f"{y}.scale"),
+            _step("DequantizeLinear", [codes, f"{y}.scale"], f"{y}.matrix", axis=0),
             _step("FusedMatMul", [x, f"{y}.matrix"], y, domain=CONTRIB, transB=int(not turned)),
         ]
 
-    def _values(self, name: str) -> Float32[np.ndarray, "K N"]:
-        return numpy_helper.to_array(self._constants[name])
+    def _product_with_blocks(self, product: _Product) -> list[onnx.NodeProto]:
+        """Eq. (3) in the runtime's own operator, which multiplies in float32 unless it is told otherwise."""
+        name, turned, x, y = product
+        codes, scale = f"{name}.blocks{turned:d}", f"{name}.block_scale{turned:d}"
+        columns = self._columns(product)
+        if codes not in self.added:
+            found, scales = rows_to_int4(columns)
+            self._add(codes, packed(found, 8).reshape(len(columns), -1, BLOCK // 2))
+            self._add(scale, scales)
+        size_out, size_in = columns.shape
+        return [_step("MatMulNBits", [x, codes, scale], y, domain=CONTRIB, K=size_in, N=size_out, bits=4, block_size=BLOCK)]
+
+    def _table(self, name: str, places: str, y: str) -> list[onnx.NodeProto]:
+        """Rows of an embedding; as few are dequantised as are looked up."""
+        rows, codes, scale = numpy_helper.to_array(self._constants[name]), f"{name}.row_codes", f"{name}.row_scale"
+        if self._variant is Variant.INT4 and rows.shape[1] % BLOCK == 0:
+            found, scales = rows_to_int4(rows)
+            self.added[codes] = helper.make_tensor(codes, TensorProto.INT4, rows.shape, packed(found, 0).tobytes(), raw=True)
+            self._add(scale, scales)
+            blocks = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK}
+            return [_step("GatherBlockQuantized", [codes, places, scale], y, domain=CONTRIB, **blocks)]
+        found, scales = rows_to_int8(rows)
+        self._add(codes, found)
+        self._add(scale, scales[:, None])
+        return [
+            _step("Gather", [codes, places], f"{y}.codes"),
+            _step("Cast", [f"{y}.codes"], f"{y}.float_codes", to=TensorProto.FLOAT),
+            _step("Gather", [scale, places], f"{y}.scale"),
+            _step("Mul", [f"{y}.float_codes", f"{y}.scale"], y),
+        ]
+
+    def _columns(self, product: _Product) -> Float32[np.ndarray, "N K"]:
+        """Columns of W, or of Wᵀ, as rows."""
+        values = numpy_helper.to_array(self._constants[product.name])
+        return np.ascontiguousarray(values if product.turned else values.T)
 
     def _add(self, name: str, value: np.ndarray) -> None:
         self.added[name] = numpy_helper.from_array(value, name)
-
-    def _add_nibbles(self, name: str, data: np.ndarray, kind: int, shape: Iterable[int]) -> None:
-        self.added[name] = helper.make_tensor(name, kind, tuple(shape), data.tobytes(), raw=True)
 
 
 def _step(operator: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:

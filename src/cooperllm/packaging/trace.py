@@ -19,8 +19,8 @@ from cooperllm.errors import ConfigError
 from cooperllm.models import Batch, Model
 from cooperllm.packaging.graphs import Forward, Losses, Observe, PlainLinear, Prefix, PullBack, only_label_words
 
-OPSET = 21
-"""Version of the operators, the first with integers of 4 bits; onnxruntime knows it from 1.18 on."""
+OPSET = 20
+"""Version of the operators; onnxruntime knows it from 1.18 on."""
 
 BACKWARD: dict[Any, Any] = {operator: rule for operator, rule in core_aten_decompositions().items() if "backward" in operator.name()}
 """Derivatives of activations and norms in terms of ordinary operations: the exporter knows few of them itself."""

@@ -1,18 +1,21 @@
 """One file for the weights of all graphs: equal tensors are written once, page by page, so that a device maps them and copies nothing."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 ALIGNMENT = 4096
 """Bytes of a memory page."""
 
 INLINE_BYTES = 1024
 """Smaller tensors stay in the graph."""
+
+CONTRIB = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
 
 
 def write_graphs(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights_name: str) -> None:
@@ -23,22 +26,55 @@ def write_graphs(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights
         directory: Where; it exists.
         weights_name: Name of the file of weights.
     """
+    straight = {_digest(tensor) for model in graphs.values() for tensor in _multiplied(model.graph)}
     places: dict[bytes, tuple[int, int]] = {}
     with (directory / weights_name).open("wb") as file:
         for name, model in graphs.items():
+            _multiply_turned(model, straight)
             _fold_transposes(model.graph)
             _forget_origins(model.graph)
             for tensor in model.graph.initializer:
                 data = _data(tensor)
                 if len(data) < INLINE_BYTES:
                     continue
-                digest = hashlib.sha256(data).digest()
+                digest = _digest(tensor)
                 if digest not in places:
                     file.write(b"\0" * (-file.tell() % ALIGNMENT))
                     places[digest] = (file.tell(), len(data))
                     file.write(data)
                 _point_to(tensor, weights_name, *places[digest])
             onnx.save_model(model, directory / f"{name}.onnx")
+
+
+def knows_contrib(model: onnx.ModelProto) -> None:
+    """Says in a graph that it has operators of the runtime's own.
+
+    Args:
+        model: A graph; changed in place.
+    """
+    if not any(one.domain == CONTRIB for one in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+
+
+def _multiplied(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Constants that are multiplied by as they are."""
+    right = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    return [tensor for tensor in graph.initializer if tensor.name in right]
+
+
+def _multiply_turned(model: onnx.ModelProto, straight: Set[bytes]) -> None:
+    """Multiplies by Wᵀ without writing it where W itself is written: vector-Jacobian products have Wᵀ, forward passes W."""
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in constants}
+    found = {turned for turned, name in sources.items() if len(constants[name].dims) == 2 and _digest(constants[name]) in straight}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in found:
+            node.input[1] = sources[node.input[1]]
+            node.op_type, node.domain = "FusedMatMul", CONTRIB
+            node.attribute.append(helper.make_attribute("transB", 1))
+            knows_contrib(model)
+    drop_unused(graph)
 
 
 def _fold_transposes(graph: onnx.GraphProto) -> None:
@@ -92,6 +128,10 @@ def _forget_origins(graph: onnx.GraphProto) -> None:
 def _data(tensor: onnx.TensorProto) -> bytes:
     """A tensor's bytes as a runtime maps them; a NumPy array would give each entry of 4 bits a byte of its own."""
     return tensor.raw_data if tensor.HasField("raw_data") else numpy_helper.to_array(tensor).tobytes()
+
+
+def _digest(tensor: onnx.TensorProto) -> bytes:
+    return hashlib.sha256(_data(tensor)).digest()
 
 
 def _point_to(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
