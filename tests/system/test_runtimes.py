@@ -32,6 +32,9 @@ CHOSEN = list(range(8))
 IA3 = "--adapter ia3 --target-modules k_proj,v_proj --set model.objective=head --set model.last_layers=null --set model.label_words=[]"
 
 
+WORST_COSINE = {Variant.INT8: 0.9, Variant.INT8_WEIGHTS: 0.9, Variant.INT4: 0.5}
+
+
 def tiny(runtime, arm=ArmName.FEEDBACK):
     """Estimates travel exactly: at 8 bits a last bit turns roundings over, and Adam makes whole steps of entries near zero."""
     config = replace(cooperllm.recipe("tiny").with_arm(arm), engine=EngineName.LOOPBACK, runtime=runtime)
@@ -256,6 +259,48 @@ def test_a_run_on_onnx_runtime_follows_the_path_of_the_reference(onnx_run, tmp_p
     # Float32 sums in another order, 1e-5 of a gradient apart, and Adam magnifies entries near zero; 2e-6 of the way was seen.
     assert (np.linalg.norm(paths[0] - paths[1], axis=1) < 1e-3 * moved).all()
     assert onnx_run.summary["arms"]["feedback"]["forward_passes"] == reference.summary["arms"]["feedback"]["forward_passes"]
+
+
+@pytest.fixture(scope="module", params=[RuntimeName.ONNX_INT8, RuntimeName.ONNX_INT8_WEIGHTS, RuntimeName.ONNX_INT4], ids=lambda r: r.value)
+def quantised(request, tmp_path_factory):
+    """A whole run whose devices keep weights in few bits, and PyTorch beside one of its devices."""
+    config = replace(tiny(request.param), num_rounds=2)
+    run = cooperllm.run(config, tmp_path_factory.mktemp(request.param.value) / "run")
+    material, package, shard = Material(config), open_package(run.path / "package"), list(range(len(CHOSEN)))
+    texts = material.task.private
+    onnx = OnnxForward(package, package.encode(texts.texts, texts.second_texts, texts.labels), shard, None, 1.0)
+    exact = TorchForward(material.model, material.private, shard, None, 1.0)
+    theta = package.theta + 0.02 * np.sin(np.arange(len(package.theta), dtype=np.float32))
+    return SimpleNamespace(variant=package.manifest.variant, run=run, onnx=onnx, torch=exact, theta=theta)
+
+
+def cosine(first, second):
+    return float(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
+
+
+def test_a_run_on_few_bits_takes_part_as_any_other(quantised, onnx_run):
+    summary = quantised.run.summary["arms"]["feedback"]
+    rounds = [len(list(RunDirectory(run.path).updates())) for run in (quantised.run, onnx_run)]
+    assert rounds[0] == 2
+    assert summary["forward_passes"] * rounds[1] == onnx_run.summary["arms"]["feedback"]["forward_passes"] * rounds[0]
+    size, whole = ((run.path / "package" / "weights.bin").stat().st_size for run in (quantised.run, onnx_run))
+    assert size < whole
+
+
+def test_estimates_in_few_bits_point_the_same_way(quantised):
+    found, expected = (runtime.estimate(quantised.theta, CHOSEN, None)[0] for runtime in (quantised.onnx, quantised.torch))
+    print("COS", quantised.variant, cosine(found, expected))
+    assert cosine(found, expected) >= WORST_COSINE[quantised.variant]
+
+
+def test_slopes_in_few_bits_are_those_of_their_own_estimate(quantised):
+    """Variants with float32 products at any μ; the last layer's directions, where estimates are exact gradients."""
+    start = quantised.onnx._package.manifest.exact_start
+    estimate = quantised.onnx.estimate(quantised.theta, CHOSEN, None)[0]
+    zs = [noise.gaussian(5, index, len(quantised.theta)) * (np.arange(len(quantised.theta)) >= start) for index in range(8)]
+    for scale in (0.01, 0.001):
+        found = zeroth_order.slopes(quantised.onnx.evaluate(CHOSEN)[0], quantised.theta, zs, scale, points_per_pass=1)
+        print("COR", quantised.variant, scale, np.corrcoef(found, [estimate @ z for z in zs])[0, 1])
 
 
 def test_back_propagation_on_devices_needs_pytorch():
