@@ -32,7 +32,10 @@ CHOSEN = list(range(8))
 IA3 = "--adapter ia3 --target-modules k_proj,v_proj --set model.objective=head --set model.last_layers=null --set model.label_words=[]"
 
 
-WORST_COSINE = {Variant.INT8: 0.9, Variant.INT8_WEIGHTS: 0.9, Variant.INT4: 0.5}
+# Seen of a model of 260 000 parameters, whose few weights round badly: cosines of .998, .998 and .862; of MiniLM .997, .9996 and .97.
+WORST_COSINE = {Variant.INT8: 0.98, Variant.INT8_WEIGHTS: 0.99, Variant.INT4: 0.8}
+# Correlations of .984, .99995 and .995: estimates in 4 bits have codes of their own for Wᵀ. At μ = .001 int8 came to .785.
+WORST_CORRELATION = {Variant.INT8: 0.9, Variant.INT8_WEIGHTS: 0.999, Variant.INT4: 0.98}
 
 
 def tiny(runtime, arm=ArmName.FEEDBACK):
@@ -271,7 +274,8 @@ def quantised(request, tmp_path_factory):
     onnx = OnnxForward(package, package.encode(texts.texts, texts.second_texts, texts.labels), shard, None, 1.0)
     exact = TorchForward(material.model, material.private, shard, None, 1.0)
     theta = package.theta + 0.02 * np.sin(np.arange(len(package.theta), dtype=np.float32))
-    return SimpleNamespace(variant=package.manifest.variant, run=run, onnx=onnx, torch=exact, theta=theta)
+    manifest = package.manifest
+    return SimpleNamespace(variant=manifest.variant, start=manifest.exact_start, run=run, onnx=onnx, torch=exact, theta=theta)
 
 
 def cosine(first, second):
@@ -289,18 +293,17 @@ def test_a_run_on_few_bits_takes_part_as_any_other(quantised, onnx_run):
 
 def test_estimates_in_few_bits_point_the_same_way(quantised):
     found, expected = (runtime.estimate(quantised.theta, CHOSEN, None)[0] for runtime in (quantised.onnx, quantised.torch))
-    print("COS", quantised.variant, cosine(found, expected))
     assert cosine(found, expected) >= WORST_COSINE[quantised.variant]
 
 
 def test_slopes_in_few_bits_are_those_of_their_own_estimate(quantised):
-    """Variants with float32 products at any μ; the last layer's directions, where estimates are exact gradients."""
-    start = quantised.onnx._package.manifest.exact_start
+    """Along directions of the last layer, where estimates are exact gradients; products in float32 allow any μ, rounded activations do not."""
     estimate = quantised.onnx.estimate(quantised.theta, CHOSEN, None)[0]
-    zs = [noise.gaussian(5, index, len(quantised.theta)) * (np.arange(len(quantised.theta)) >= start) for index in range(8)]
-    for scale in (0.01, 0.001):
-        found = zeroth_order.slopes(quantised.onnx.evaluate(CHOSEN)[0], quantised.theta, zs, scale, points_per_pass=1)
-        print("COR", quantised.variant, scale, np.corrcoef(found, [estimate @ z for z in zs])[0, 1])
+    last = np.arange(len(estimate)) >= quantised.start
+    directions = [noise.gaussian(5, index, len(estimate)) * last for index in range(8)]
+    for mu in (0.01,) if quantised.variant is Variant.INT8 else (0.01, 0.001):
+        found = zeroth_order.slopes(quantised.onnx.evaluate(CHOSEN)[0], quantised.theta, directions, mu, points_per_pass=1)
+        assert np.corrcoef(found, [estimate @ z for z in directions])[0, 1] >= WORST_CORRELATION[quantised.variant]
 
 
 def test_back_propagation_on_devices_needs_pytorch():

@@ -34,7 +34,8 @@ GOLDEN_TEXTS = ("A stirring film.", "It fell apart quickly, and nobody in the ro
 GOLDEN_SEED = 20_260
 GOLDEN_SCALES = (0.0, 0.02)
 TOLERANCES = {Variant.FP32: 1e-4, Variant.INT8: 0.05, Variant.INT8_WEIGHTS: 0.05, Variant.INT4: 0.5}
-"""Of golden losses. Float32 differs between machines in the last bits; integer kernels round in their own ways."""
+"""Of golden losses. Float32 differs between machines in the last bits; integer kernels round in their own ways, and fewer bits are another
+model: of 260 000 parameters .014 off with int8 weights and .21 with 4 bits, MiniLM .001 and .012."""
 
 
 def write_package(
