@@ -26,7 +26,13 @@ from cooperllm.run_directory import RunDirectory
 DATA, INITIAL = 1 << 32, 2 << 32
 """Children of the run's seed; rounds are its first 2³² children."""
 
-VARIANTS = {RuntimeName.ONNX: Variant.FP32, RuntimeName.ONNX_INT8: Variant.INT8, RuntimeName.OPENVINO: Variant.FP32}
+VARIANTS = {
+    RuntimeName.ONNX: Variant.FP32,
+    RuntimeName.ONNX_INT8: Variant.INT8,
+    RuntimeName.ONNX_INT8_WEIGHTS: Variant.INT8_WEIGHTS,
+    RuntimeName.ONNX_INT4: Variant.INT4,
+    RuntimeName.OPENVINO: Variant.FP32,
+}
 """Packages of the runtimes that need one."""
 
 

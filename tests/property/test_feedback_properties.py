@@ -46,6 +46,9 @@ class LinearLoss:
     def evaluate(self, chosen):
         return lambda points: (points.astype(np.float64) @ self._gradient).astype(np.float32), 1
 
+    def differentiate(self, chosen):
+        return lambda theta, directions: (float(theta @ self._gradient), (directions @ self._gradient).astype(np.float32)), 4
+
     def estimate(self, theta, chosen, maps):
         return self._estimated, float(theta @ self._gradient)
 

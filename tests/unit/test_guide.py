@@ -212,9 +212,9 @@ def test_every_round_has_a_fresh_basis_and_probes_mixed_from_it():
         ({"basis_size": 2}, 1, True, 2),
         ({"name": ArmName.PAPER}, 1, False, 0),
         ({"name": ArmName.CLOUD_ONLY}, 1, False, 0),
-        ({"name": ArmName.FEEDBACK}, 0, True, 0),
-        ({"name": ArmName.FEEDBACK, "queries": 6}, 1, True, 0),
-        ({"name": ArmName.FEEDBACK, "queries": 7}, 1, True, 4),
+        ({"name": ArmName.FEEDBACK, "queries": 6}, 0, True, 0),
+        ({"name": ArmName.FEEDBACK, "queries": 7}, 1, True, 0),
+        ({"name": ArmName.FEEDBACK, "queries": 8}, 1, True, 4),
     ],
     ids=str,
 )
@@ -224,10 +224,18 @@ def test_a_guide_holds_no_more_than_the_queries_can_measure(changes, num_columns
     assert (guide.num_columns, guide.has_momentum, len(prepared.public.basis)) == (num_columns, has_momentum, num_rows)
 
 
-def test_the_default_arms_last_query_needs_nothing_of_the_clouds_labels():
-    """It measures the momentum, which devices hold themselves, also where the cloud lacks a class and sends no directions."""
+def test_the_default_arm_asks_the_cloud_for_nothing():
+    """Its five queries are its estimates, whatever labels the cloud has."""
     for labels in (EVERY_CLASS, ONE_CLASS):
         prepared = cloud_of(labels, ArmConfig(name=ArmName.FEEDBACK), rounds=3).plan()
+        plan = prepared.plan
+        assert (plan.guide, plan.num_columns, plan.probes.num_random, plan.maps, prepared.public_loss) == (None, 0, 0, (), None)
+
+
+def test_a_query_that_estimates_leave_needs_nothing_of_the_clouds_labels():
+    """It measures the momentum, which devices hold themselves, also where the cloud lacks a class and sends no directions."""
+    for labels in (EVERY_CLASS, ONE_CLASS):
+        prepared = cloud_of(labels, ArmConfig(name=ArmName.FEEDBACK, queries=6), rounds=3).plan()
         assert (prepared.plan.guide.has_momentum, prepared.plan.num_columns, prepared.plan.probes.num_random) == (True, 1, 0)
         assert prepared.public_loss is None
 
@@ -243,9 +251,9 @@ class Layered(SoftmaxRegression):
     adapted = OneBlock()
 
 
-def test_a_block_takes_the_default_arms_last_query_with_maps_and_without():
-    """Four of its five queries are its estimates; a block without maps is measured too, since layers below get the last one's gradient."""
-    plan = cloud_of(EVERY_CLASS, ArmConfig(name=ArmName.FEEDBACK), model=Layered()).plan().plan
+def test_a_block_that_is_asked_for_takes_a_query_with_maps_and_without():
+    """Five of six queries are estimates."""
+    plan = cloud_of(EVERY_CLASS, ArmConfig(name=ArmName.FEEDBACK, queries=6, feedback_blocks=1), model=Layered()).plan().plan
     assert (plan.guide, plan.num_columns, plan.probes.num_random) == (None, 0, 0)
     assert (plan.feedback.maps_version, plan.feedback.blocks, plan.maps) == (-1, ((0, SIZE),), ())
 

@@ -32,6 +32,8 @@ class Variant(Enum):
 
     FP32 = "fp32"
     INT8 = "int8"
+    INT8_WEIGHTS = "int8-weights"
+    INT4 = "int4"
 
 
 class RuntimeName(Enum):
@@ -40,6 +42,8 @@ class RuntimeName(Enum):
     TORCH = "torch"
     ONNX = "onnx"
     ONNX_INT8 = "onnx-int8"
+    ONNX_INT8_WEIGHTS = "onnx-int8-weights"
+    ONNX_INT4 = "onnx-int4"
     OPENVINO = "openvino"
 
 

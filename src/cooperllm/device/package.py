@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 from tokenizers import Tokenizer
 
-from cooperllm.config import Objective
+from cooperllm.config import Objective, Variant
 from cooperllm.device.graphs import Graph, loader
 from cooperllm.device.manifest import MANIFEST, OBSERVE, PACKAGE_VERSION, PULL_BACK, THETA, TOKENIZER, Manifest
 from cooperllm.device.settings import Settings
@@ -165,7 +165,9 @@ def read_package(path: Path | str, settings: Settings | None = None, *, num_thre
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != entry.sha256:
             raise PackageError(f"{file}: SHA-256 {digest[:12]}... found, {entry.sha256[:12]}... expected; copy the package again")
-    return Package(directory, manifest, own_digest, settings or Settings(), num_threads)
+    # Products with weights of 4 bits take twice as long without copies, which are small.
+    usual = Settings(packs_weights=manifest.variant is Variant.INT4)
+    return Package(directory, manifest, own_digest, settings or usual, num_threads)
 
 
 def _tokenizer(file: Path) -> Tokenizer:
