@@ -297,7 +297,7 @@ def test_estimates_in_few_bits_point_the_same_way(quantised):
 
 
 def test_slopes_in_few_bits_are_those_of_their_own_estimate(quantised):
-    """Along directions of the last layer, where estimates are exact gradients; products in float32 allow any μ, rounded activations do not."""
+    """Along directions of the last layer, where estimates are exact gradients; float32 products allow any μ, rounded activations do not."""
     estimate = quantised.onnx.estimate(quantised.theta, CHOSEN, None)[0]
     last = np.arange(len(estimate)) >= quantised.start
     directions = [noise.gaussian(5, index, len(estimate)) * last for index in range(8)]
