@@ -84,9 +84,9 @@ def rows_to_int4(rows: Float32[np.ndarray, "N K"]) -> tuple[Int8[np.ndarray, "N 
         (codes -8 ... 7 [N, K]; scales [N, K / 32]); a block ≈ codes · scale.
 
     Example:
-        >>> codes, scales = rows_to_int4(np.arange(-8, 8, 0.5, dtype=np.float32)[None])
-        >>> codes[0, :5].tolist(), scales.round(3).tolist()
-        ([-8, -8, -7, -6, -6], [[1.0]])
+        >>> codes, scales = rows_to_int4(np.array([[-4.0, 3.5, 0.5, 0.0] * 8], np.float32))
+        >>> codes[0, :4].tolist(), scales.tolist()
+        ([-8, 7, 1, 0], [[0.5]])
     """
     blocks = rows.reshape(len(rows), -1, BLOCK)
     whole = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1) / -8
