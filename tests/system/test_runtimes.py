@@ -328,11 +328,13 @@ def test_a_run_on_onnx_runtime_follows_the_path_of_the_reference(onnx_run, tmp_p
     assert onnx_run.summary["arms"]["feedback"]["forward_passes"] == reference.summary["arms"]["feedback"]["forward_passes"]
 
 
-@pytest.mark.parametrize("runtime", [RuntimeName.TORCH, RuntimeName.ONNX_INT8])
+@pytest.mark.parametrize("runtime", ["torch", "onnx-int8"])
 def test_a_run_in_forward_mode_ends_and_counts_what_it_ran(runtime, tmp_path):
-    config = replace(tiny(runtime, ArmName.MEASURED), slope_method=SlopeMethod.FORWARD_MODE)
-    run = cooperllm.run(config, tmp_path / "run")
-    for row in RunDirectory(run.path).rounds():
+    path, options = tmp_path / "run", "run tiny --arm measured --engine loopback --slopes forward-mode --runtime"
+    result = CliRunner().invoke(app, [*options.split(), runtime, "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    assert RunDirectory(path).config().slope_method is SlopeMethod.FORWARD_MODE
+    for row in RunDirectory(path).rounds():
         # All of a device's directions, four to a pass, and each pass's own values.
         passes = row["queries"] + math.ceil(row["queries"] / DIRECTIONS_PER_PASS)
         assert row["forward_passes"] == passes * row["num_reports"] < 2 * row["queries"] * row["num_reports"]
