@@ -118,7 +118,10 @@ def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_class
 
 def _mean_state(backbone: nn.Module, token_ids: Tensor, mask: Tensor) -> Tensor:
     """The mean of the last hidden states [B, H] in float32."""
-    hidden = backbone(input_ids=token_ids, attention_mask=mask).last_hidden_state
+    config: Any = backbone.config
+    # A layer that runs once more would find its own keys in a cache, and attend to them.
+    without_cache = {"use_cache": False} if getattr(config, "use_cache", False) else {}
+    hidden = backbone(input_ids=token_ids, attention_mask=mask, **without_cache).last_hidden_state
     weights = mask[..., None].to(hidden.dtype)
     return ((hidden * weights).sum(1) / weights.sum(1)).float()
 

@@ -35,6 +35,8 @@ from cooperllm.run_directory import RunDirectory
 
 CHOSEN = list(range(8))
 NAMES = ["torch", "onnx", "openvino"]
+WITH_GRADIENTS = NAMES[:2]
+"""OpenVINO was 8 % off on the default model and refuses: docs/log.md."""
 IA3 = "--adapter ia3 --target-modules k_proj,v_proj --set model.objective=head --set model.last_layers=null --set model.label_words=[]"
 
 
@@ -227,7 +229,7 @@ def test_a_memory_budget_decides_how_many_directions_share_a_pass(pair):
 
 @pytest.mark.parametrize("has_maps", [False, True])
 def test_estimates_agree(pair, has_maps):
-    (first, loss), *others = (runtime.estimate(pair.theta, CHOSEN, pair.maps if has_maps else None) for runtime in pair.runtimes.values())
+    (first, loss), *others = (pair.runtimes[name].estimate(pair.theta, CHOSEN, pair.maps if has_maps else None) for name in WITH_GRADIENTS)
     for second, other in others:
         assert loss == pytest.approx(other, abs=2e-6)
         assert np.linalg.norm(first - second) <= 1e-5 * np.linalg.norm(first)
@@ -237,8 +239,10 @@ def test_estimates_agree(pair, has_maps):
 def test_from_the_last_layer_on_estimates_are_gradients(pair):
     expected = gradient_of(pair)
     exact = slice(pair.package.manifest.exact_start, None)
-    for runtime in pair.runtimes.values():
-        found = runtime.estimate(pair.theta, CHOSEN, None)[0]
+    assert 0 <= exact.start < len(expected)
+    for name in WITH_GRADIENTS:
+        found = pair.runtimes[name].estimate(pair.theta, CHOSEN, None)[0]
+        assert np.linalg.norm(found - expected) <= 2e-5 * np.linalg.norm(expected)
         assert np.linalg.norm(found[exact] - expected[exact]) <= 1e-5 * np.linalg.norm(expected)
 
 
@@ -261,7 +265,12 @@ def test_a_batch_has_the_mean_of_its_examples_losses(pair, name):
     assert runtime.evaluate(CHOSEN)[0](pair.theta[None])[0] == pytest.approx(np.mean(alone), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_a_library_whose_gradients_are_not_right_gives_none(pair):
+    with pytest.raises(ConfigError, match=r"found OpenVINO and an arm with gradients"):
+        pair.openvino.estimate(pair.theta, CHOSEN, None)
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_a_runtime_never_moves_what_it_is_given(pair, name):
     runtime, given, theta = pair.runtimes[name], points(pair, 2), pair.theta.copy()
     before = given.tobytes(), theta.tobytes()
@@ -289,7 +298,7 @@ def test_a_memory_budget_decides_how_passes_are_cut_and_changes_nothing(pair):
     np.testing.assert_allclose(small[0](given), large[0](given), atol=2e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_a_memory_budget_cuts_an_estimate_in_parts_and_changes_nothing(pair, name):
     """A budget for no more than one text: every text has a pass of its own."""
     whole, budget = pair.runtimes[name], pair.package.manifest.widths.activation_mib(1, 8)
@@ -414,7 +423,7 @@ from cooperllm.device.onnx_forward import OnnxForward, open_package
 from cooperllm.device.settings import GraphLibrary, Settings
 package = open_package(sys.argv[1], Settings(library=GraphLibrary(sys.argv[2])))
 device = OnnxForward(package, package.encode(["a fine film", "a bad one"], None, [1, 0]), [0, 1], None, 1.0)
-print(device.evaluate([0, 1])[0](np.stack([package.theta, package.theta])).tolist(), device.estimate(package.theta, [0, 1], None)[1])
+print(device.evaluate([0, 1])[0](np.stack([package.theta, package.theta])).tolist())
 print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "peft", "datasets", "onnx", "safetensors",
 "onnxruntime", "openvino"}))
 """
@@ -440,8 +449,11 @@ def test_a_graph_that_a_library_cannot_read_is_refused_with_its_name_and_version
 
 
 def test_a_run_on_openvino_writes_a_package_and_goes_as_one_on_onnx_runtime_does(onnx_run, tmp_path):
-    run = cooperllm.run(replace(tiny(RuntimeName.OPENVINO), num_rounds=1), tmp_path / "run")
-    (update, *_), (expected, *_) = (list(RunDirectory(one.path).updates()) for one in (run, onnx_run))
+    run, reference = (
+        cooperllm.run(replace(tiny(runtime, ArmName.MEASURED), num_rounds=1), tmp_path / runtime.value)
+        for runtime in (RuntimeName.OPENVINO, RuntimeName.TORCH)
+    )
+    (update, *_), (expected, *_) = (list(RunDirectory(one.path).updates()) for one in (run, reference))
     assert update.loss == pytest.approx(expected.loss, abs=2e-6)
     assert open_package(run.path / "package").manifest.golden == open_package(onnx_run.path / "package").manifest.golden
 

@@ -64,11 +64,11 @@ def test_settings_go_from_frugal_to_generous():
     assert len({one.words for one in steps}) == len(steps)
 
 
-def test_a_share_of_the_processor_is_operations_over_time_over_rate():
+def test_a_querys_rate_is_operations_over_time():
     # Two points of 10 tokens, 1e6 multiplications and as many additions each: 4e7 operations in .01 s are 4 GFLOP/s.
-    found = Findings(phases=(phase(SLOPES, 1.0, 0.01),), gflops=8.0, num_tokens=10, multiplications=10**6)
-    assert found.peak_share == pytest.approx(0.5)
-    assert Findings(phases=(phase(SLOPES, 1.0, 0.0),)).peak_share == 0
+    found = Findings(phases=(phase(SLOPES, 1.0, 0.01),), num_tokens=10, multiplications=10**6)
+    assert found.query_gflops == pytest.approx(4.0)
+    assert Findings(phases=(phase(SLOPES, 1.0, 0.0),)).query_gflops == 0
 
 
 @needs_proc

@@ -125,6 +125,13 @@ class RunConfig:
         learns_alone = self.arm.name in {ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED}
         needs_torch = learns_alone and self.runtime is not RuntimeName.TORCH
         check(not needs_torch, "runtime", self.runtime.value, f"torch for the arm {self.arm.name.value}: its devices back-propagate")
+        is_off = self.arm.name is ArmName.FEEDBACK and self.runtime is RuntimeName.OPENVINO
+        check(
+            not is_off,
+            "runtime",
+            self.runtime.value,
+            "another for the arm feedback: OpenVINO computes its gradients 8 % off; onnx does not",
+        )
         check(self.memory_mib is None or self.memory_mib > 0, "memory_mib", self.memory_mib, "> 0, or none")
 
 

@@ -75,8 +75,8 @@ def words(choice: Trial, budget_mib: float | None) -> str:
     budget = "without a limit" if budget_mib is None else f"for {budget_mib:g} MiB"
     sentences = [
         f"Chosen {budget}: {', '.join(choice.settings.words)}; {found.peak_mib:.0f} MiB at the peak, imports included.",
-        f"A two-point query on {found.num_tokens} tokens keeps the processor at {found.peak_share:.0%} of the {found.gflops:.0f} GFLOP/s "
-        "that it reaches in a float32 matrix product.",
+        f"A two-point query on {found.num_tokens} tokens runs at {found.query_gflops:.0f} billion operations a second, counting products "
+        f"with frozen weights alone; NumPy's float32 product reaches {found.gflops:.0f} here.",
     ]
     if choice.settings.states_directory is not None and not found.is_on_disk:
         sentences.append(

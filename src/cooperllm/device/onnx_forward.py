@@ -24,7 +24,7 @@ from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES, Golden
 from cooperllm.device.package import DeviceExamples, Package, read_package
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE
-from cooperllm.device.settings import Settings
+from cooperllm.device.settings import GraphLibrary, Settings
 from cooperllm.errors import ConfigError, PackageError
 
 
@@ -112,6 +112,11 @@ class OnnxForward:
         """Runs forward once, the last layer backward, and the adapted layers below once more and backward, from the last one down."""
         manifest, point = self._package.manifest, np.ascontiguousarray(theta)
         self._check(point[None])
+        if self._package.settings.library is not GraphLibrary.ONNX_RUNTIME:
+            raise ConfigError(
+                "runtime: found OpenVINO and an arm with gradients, which it computed 8 % off on the default model; expected slopes alone: "
+                "choose --arm measured or mezo-fl, or --runtime onnx"
+            )
         if OBSERVE not in manifest.graphs:
             raise ConfigError(
                 f"{self._package.path}: found a package without a feedback pass, expected one; choose another arm than feedback"
