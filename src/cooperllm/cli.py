@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import rich.console
+import rich.text
 import typer
 
 from cooperllm import recipes
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = rich.console.Console()
+errors = rich.console.Console(stderr=True)
 
 CACHE = Path.home() / ".cache" / "cooperllm"
 
@@ -298,8 +300,9 @@ def main() -> None:
 
 
 def _refuse(kind: str, sentence: str) -> None:
-    console.print(f"[bold red]{kind}[/bold red]: ", end="")
-    console.print(sentence, markup=False, highlight=False)
+    said = rich.text.Text.assemble((kind, "bold red"), ": ", sentence)
+    # A log keeps the sentence on one line, whatever the length of the paths in it; a terminal breaks it between words.
+    errors.print(said, highlight=False, soft_wrap=not errors.is_terminal)
 
 
 def _changed(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:

@@ -169,14 +169,16 @@ def test_a_disk_without_room_changes_nothing_but_time_and_is_told(package, tmp_p
     assert choice in trials
 
 
-def test_a_mistyped_package_is_one_sentence(tmp_path):
+def test_a_mistyped_package_is_one_sentence_on_one_line_of_the_errors(tmp_path):
+    mistyped = tmp_path / "a directory whose name is long enough" / "to be broken in two by a console of eighty columns"
     result = subprocess.run(
-        [sys.executable, "-c", "from cooperllm.cli import main; main()", "device", "--measure", str(tmp_path / "nothing")],
-        capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"},
+        [sys.executable, "-c", "from cooperllm.cli import main; main()", "device", "--measure", str(mistyped)],
+        capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "80"},
     )  # fmt: skip
     assert result.returncode == 1
-    assert "is not a device package" in result.stdout
-    assert "Traceback" not in result.stdout + result.stderr
+    assert result.stdout == ""
+    (sentence,) = result.stderr.splitlines()
+    assert f"{mistyped} is not a device package" in sentence
 
 
 def test_a_missing_library_names_the_extra_that_brings_it(tmp_path):
@@ -187,5 +189,5 @@ def test_a_missing_library_names_the_extra_that_brings_it(tmp_path):
         capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
     assert done.returncode == 1
-    assert "pip install 'cooperllm[cloud]'" in done.stdout
+    assert "pip install 'cooperllm[cloud]'" in done.stderr
     assert not (tmp_path / "run").exists()
