@@ -157,11 +157,11 @@ class Assembly:
         adjustment = self.config.federation.label_adjustment
         if self.config.runtime is RuntimeName.TORCH:
             runtimes: Sequence[Runtime] = [
-                TorchForward(material.model, material.private, shard.tolist(), self.config.memory_mib, adjustment)
+                TorchForward(material.model, material.private, shard.tolist(), self.config.activation_mib, adjustment)
                 for shard in material.shards
             ]
         else:
-            runtimes = _runtimes_of_package(self.package_path, self.config.runtime, material, self.config.memory_mib, adjustment)
+            runtimes = _runtimes_of_package(self.package_path, self.config.runtime, material, self.config.activation_mib, adjustment)
         return Host(runtimes, self.start, self.config.optimizer, self.directory.updates, self.config.slope_method)
 
     @property
@@ -241,7 +241,7 @@ def initial_theta(config: RunConfig, model: Model) -> Float32[np.ndarray, "n"]:
 
 
 def _runtimes_of_package(
-    path: Path, runtime: RuntimeName, material: Material, memory_mib: float | None, adjustment: float
+    path: Path, runtime: RuntimeName, material: Material, activation_mib: float | None, adjustment: float
 ) -> list[Runtime]:
     """Devices that share a package; they read the private texts with its tokeniser, as a device elsewhere would."""
     from cooperllm.device.onnx_forward import OnnxForward, open_package  # noqa: PLC0415 -- a run on PyTorch does not load a second runtime
@@ -249,7 +249,7 @@ def _runtimes_of_package(
     library = GraphLibrary.OPENVINO if runtime is RuntimeName.OPENVINO else GraphLibrary.ONNX_RUNTIME
     package, private = open_package(path, Settings(library=library)), material.task.private
     examples = package.encode(private.texts, private.second_texts, private.labels)
-    return [OnnxForward(package, examples, shard.tolist(), memory_mib, adjustment) for shard in material.shards]
+    return [OnnxForward(package, examples, shard.tolist(), activation_mib, adjustment) for shard in material.shards]
 
 
 def make_devices(path: Path) -> Host:

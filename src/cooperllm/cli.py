@@ -75,7 +75,9 @@ Runtime = Annotated[RuntimeName | None, typer.Option("--runtime", help="What run
 Slopes = Annotated[
     SlopeMethod | None, typer.Option("--slopes", help="How devices measure slopes: differences of losses, or derivatives in forward mode.")
 ]
-MemoryMib = Annotated[float | None, typer.Option("--memory-mib", help="Memory for batched points on a device; one by one by default.")]
+ActivationMib = Annotated[
+    float | None, typer.Option("--activation-mib", help="Memory of the points of one batched pass; one point a pass by default.")
+]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Step size; the recipe's by default.")]
 OptimizerName = Annotated[
     OptimizerKind | None, typer.Option("--optimizer", help="The server's optimiser; an arm's rate belongs to the recipe's.")
@@ -124,7 +126,7 @@ def run_command(
     dirichlet_alpha: Alpha = None,
     engine: Engine = None,
     runtime: Runtime = None,
-    memory_mib: MemoryMib = None,
+    activation_mib: ActivationMib = None,
     slopes: Slopes = None,
     settings: Set = None,
     out: Out = None,
@@ -174,7 +176,7 @@ def compare_command(
     dirichlet_alpha: Alpha = None,
     engine: Engine = None,
     runtime: Runtime = None,
-    memory_mib: MemoryMib = None,
+    activation_mib: ActivationMib = None,
     slopes: Slopes = None,
     settings: Set = None,
     out: Out = None,
@@ -331,7 +333,9 @@ def _changed(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
         federation=replace(config.federation, **federation),
         optimizer=replace(config.optimizer, **pick(kind="optimizer")),
         arm=replace(config.arm, **pick(learning_rate="learning_rate", queries="queries")),
-        **pick(num_rounds="rounds", seed="seed", engine="engine", runtime="runtime", memory_mib="memory_mib", slope_method="slopes"),
+        **pick(
+            num_rounds="rounds", seed="seed", engine="engine", runtime="runtime", activation_mib="activation_mib", slope_method="slopes"
+        ),
     )
     return _set(changed, given.get("settings", ()))
 

@@ -164,7 +164,7 @@ def test_batched_points_give_the_slopes_of_single_points(tmp_path):
     config = tiny(num_rounds=1)
     config = replace(config, arm=replace(config.arm, estimate_bits=32))
     single = cooperllm.run(config, tmp_path / "single")
-    batched = cooperllm.run(replace(config, memory_mib=64.0), tmp_path / "batched")
+    batched = cooperllm.run(replace(config, activation_mib=64.0), tmp_path / "batched")
     size = single.summary["num_parameters"]
     one, many = (unpack_vector(RunDirectory(run.path).updates()[0].dense, size) for run in (single, batched))
     assert np.linalg.norm(one) > 1e-2

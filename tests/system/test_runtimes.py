@@ -25,6 +25,7 @@ from cooperllm.assembly import Material, assemble, write_device_package
 from cooperllm.cli import app
 from cooperllm.cloud import MapFitter
 from cooperllm.config import AdapterKind, ArmName, EngineName, Objective, RunConfig, RuntimeName, SlopeMethod, SourceConfig, Variant
+from cooperllm.device import graphs
 from cooperllm.device.manifest import LOSSES, SLOPES
 from cooperllm.device.onnx_forward import OnnxForward, open_package
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, Runtime, Trainer
@@ -35,8 +36,6 @@ from cooperllm.run_directory import RunDirectory
 
 CHOSEN = list(range(8))
 NAMES = ["torch", "onnx", "openvino"]
-WITH_GRADIENTS = NAMES[:2]
-"""OpenVINO was 8 % off on the default model and refuses: docs/log.md."""
 IA3 = "--adapter ia3 --target-modules k_proj,v_proj --set model.objective=head --set model.last_layers=null --set model.label_words=[]"
 
 
@@ -229,7 +228,7 @@ def test_a_memory_budget_decides_how_many_directions_share_a_pass(pair):
 
 @pytest.mark.parametrize("has_maps", [False, True])
 def test_estimates_agree(pair, has_maps):
-    (first, loss), *others = (pair.runtimes[name].estimate(pair.theta, CHOSEN, pair.maps if has_maps else None) for name in WITH_GRADIENTS)
+    (first, loss), *others = (pair.runtimes[name].estimate(pair.theta, CHOSEN, pair.maps if has_maps else None) for name in NAMES)
     for second, other in others:
         assert loss == pytest.approx(other, abs=2e-6)
         assert np.linalg.norm(first - second) <= 1e-5 * np.linalg.norm(first)
@@ -240,7 +239,7 @@ def test_from_the_last_layer_on_estimates_are_gradients(pair):
     expected = gradient_of(pair)
     exact = slice(pair.package.manifest.exact_start, None)
     assert 0 <= exact.start < len(expected)
-    for name in WITH_GRADIENTS:
+    for name in NAMES:
         found = pair.runtimes[name].estimate(pair.theta, CHOSEN, None)[0]
         assert np.linalg.norm(found - expected) <= 2e-5 * np.linalg.norm(expected)
         assert np.linalg.norm(found[exact] - expected[exact]) <= 1e-5 * np.linalg.norm(expected)
@@ -265,12 +264,7 @@ def test_a_batch_has_the_mean_of_its_examples_losses(pair, name):
     assert runtime.evaluate(CHOSEN)[0](pair.theta[None])[0] == pytest.approx(np.mean(alone), abs=1e-5)
 
 
-def test_a_library_whose_gradients_are_not_right_gives_none(pair):
-    with pytest.raises(ConfigError, match=r"found OpenVINO and an arm with gradients"):
-        pair.openvino.estimate(pair.theta, CHOSEN, None)
-
-
-@pytest.mark.parametrize("name", WITH_GRADIENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_runtime_never_moves_what_it_is_given(pair, name):
     runtime, given, theta = pair.runtimes[name], points(pair, 2), pair.theta.copy()
     before = given.tobytes(), theta.tobytes()
@@ -298,7 +292,7 @@ def test_a_memory_budget_decides_how_passes_are_cut_and_changes_nothing(pair):
     np.testing.assert_allclose(small[0](given), large[0](given), atol=2e-6)
 
 
-@pytest.mark.parametrize("name", WITH_GRADIENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_memory_budget_cuts_an_estimate_in_parts_and_changes_nothing(pair, name):
     """A budget for no more than one text: every text has a pass of its own."""
     whole, budget = pair.runtimes[name], pair.package.manifest.widths.activation_mib(1, 8)
@@ -438,6 +432,26 @@ def test_a_device_has_never_imported_pytorch_nor_a_library_that_it_does_not_use(
 
 
 @pytest.mark.parametrize("library", list(GraphLibrary))
+def test_a_square_weight_can_be_multiplied_both_ways_in_one_graph(library, tmp_path):
+    """OpenVINO 2026.4, left to itself, packs it once and computes one of the products with the wrong side of it."""
+    weight = noise.gaussian(5, 0, 64).reshape(8, 8)
+    given = {name: noise.gaussian(5, number, 24).reshape(3, 8) for number, name in enumerate(("x", "y"), 1)}
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "weight"], ["forward"]),
+        onnx.helper.make_node("FusedMatMul", ["y", "weight"], ["backward"], domain="com.microsoft", transB=1),
+    ]
+    inputs, outputs = (
+        [onnx.helper.make_tensor_value_info(name, 1, [None, 8]) for name in names] for names in (given, ("forward", "backward"))
+    )
+    graph = onnx.helper.make_graph(nodes, "both", inputs, outputs, [onnx.numpy_helper.from_array(weight, "weight")])
+    versions = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=versions, ir_version=10), tmp_path / "both.onnx")
+    found = graphs.loader(library)(tmp_path / "both.onnx", Settings(library=library), 1).run(given)
+    np.testing.assert_allclose(found["forward"], given["x"] @ weight, atol=1e-5)
+    np.testing.assert_allclose(found["backward"], given["y"] @ weight.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", list(GraphLibrary))
 def test_a_graph_that_a_library_cannot_read_is_refused_with_its_name_and_version(package, library):
     """The manifest agrees with the file, so that only the library can tell."""
     content = b"no graph at all"
@@ -448,9 +462,10 @@ def test_a_graph_that_a_library_cannot_read_is_refused_with_its_name_and_version
         open_package(package, Settings(library=library))
 
 
-def test_a_run_on_openvino_writes_a_package_and_goes_as_one_on_onnx_runtime_does(onnx_run, tmp_path):
+@pytest.mark.parametrize("arm", [ArmName.MEASURED, ArmName.FEEDBACK])
+def test_a_run_on_openvino_writes_a_package_and_goes_as_one_on_onnx_runtime_does(onnx_run, arm, tmp_path):
     run, reference = (
-        cooperllm.run(replace(tiny(runtime, ArmName.MEASURED), num_rounds=1), tmp_path / runtime.value)
+        cooperllm.run(replace(tiny(runtime, arm), num_rounds=1), tmp_path / runtime.value)
         for runtime in (RuntimeName.OPENVINO, RuntimeName.TORCH)
     )
     (update, *_), (expected, *_) = (list(RunDirectory(one.path).updates()) for one in (run, reference))

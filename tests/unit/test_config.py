@@ -94,8 +94,8 @@ OUTSIDE = [
     (RunConfig, {"seed": 1 << 63}, "seed", str(1 << 63)),
     (RunConfig, {"evaluate_every": 0}, "evaluate_every", "0"),
     (RunConfig, {"checkpoint_every": 0}, "checkpoint_every", "0"),
-    (RunConfig, {"memory_mib": 0.0}, "memory_mib", "0.0"),
-    (RunConfig, {"memory_mib": math.nan}, "memory_mib", "nan"),
+    (RunConfig, {"activation_mib": 0.0}, "activation_mib", "0.0"),
+    (RunConfig, {"activation_mib": math.nan}, "activation_mib", "nan"),
 ]
 
 AT_THE_EDGE = [
@@ -121,7 +121,7 @@ AT_THE_EDGE = [
     (ArmConfig, {"name": ArmName.MEASURED, "queries": 2, "feedback_blocks": 2}),
     (ArmConfig, {"seed_pool_size": 1 << 32, "candidates": 1, "most_held_rounds": 0, "warm_start_rounds": 1}),
     (ArmConfig, {"public_weight": 0.0, "pool_size": 1, "local_steps": 1}),
-    (RunConfig, {"seed": (1 << 63) - 1, "num_rounds": 1, "evaluate_every": 1, "checkpoint_every": 1, "memory_mib": None}),
+    (RunConfig, {"seed": (1 << 63) - 1, "num_rounds": 1, "evaluate_every": 1, "checkpoint_every": 1, "activation_mib": None}),
 ]
 
 
@@ -172,7 +172,7 @@ def test_settings_survive_json():
         optimizer=OptimizerConfig(kind=OptimizerKind.ADAM, momentum=1 / 3),
         arm=ArmConfig(name=ArmName.PAPER, learning_rate=1e-7, guide_bits=32),
         seed=(1 << 63) - 1,
-        memory_mib=0.1,
+        activation_mib=0.1,
     )
     assert from_plain(json.loads(json.dumps(to_plain(config))), where="here") == config
 

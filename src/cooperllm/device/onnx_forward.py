@@ -24,7 +24,7 @@ from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES, Golden
 from cooperllm.device.package import DeviceExamples, Package, read_package
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE
-from cooperllm.device.settings import GraphLibrary, Settings
+from cooperllm.device.settings import Settings
 from cooperllm.errors import ConfigError, PackageError
 
 
@@ -36,7 +36,7 @@ class OnnxForward:
     """
 
     def __init__(
-        self, package: Package, examples: DeviceExamples, shard: Sequence[int], memory_mib: float | None, adjustment: float = 0.0
+        self, package: Package, examples: DeviceExamples, shard: Sequence[int], activation_mib: float | None, adjustment: float = 0.0
     ) -> None:
         """Takes one device's part of the examples; `adjustment` is τ of `algorithm.label_adjustment`."""
         if not len(shard):
@@ -44,7 +44,7 @@ class OnnxForward:
         self._package = package
         self._examples = examples
         self.shard = list(shard)
-        self._memory_mib = memory_mib
+        self._limit_mib = activation_mib
         self._shift = label_adjustment(examples.labels[self.shard], package.manifest.num_classes, adjustment)
 
     @property
@@ -89,10 +89,10 @@ class OnnxForward:
 
     def _points_per_pass(self, indices: Sequence[int], default: int) -> int:
         """The number of points of the longest example that fit the memory budget."""
-        if self._memory_mib is None:
+        if self._limit_mib is None:
             return default
         longest = max(len(self._examples.token_ids[index]) for index in indices)
-        return max(1, int(self._memory_mib / self._package.manifest.widths.activation_mib(1, longest)))
+        return max(1, int(self._limit_mib / self._package.manifest.widths.activation_mib(1, longest)))
 
     def prepare(self) -> None:
         """Runs the frozen prefix on every example, so that it need not be loaded beside anything else."""
@@ -112,11 +112,6 @@ class OnnxForward:
         """Runs forward once, the last layer backward, and the adapted layers below once more and backward, from the last one down."""
         manifest, point = self._package.manifest, np.ascontiguousarray(theta)
         self._check(point[None])
-        if self._package.settings.library is not GraphLibrary.ONNX_RUNTIME:
-            raise ConfigError(
-                "runtime: found OpenVINO and an arm with gradients, which it computed 8 % off on the default model; expected slopes alone: "
-                "choose --arm measured or mezo-fl, or --runtime onnx"
-            )
         if OBSERVE not in manifest.graphs:
             raise ConfigError(
                 f"{self._package.path}: found a package without a feedback pass, expected one; choose another arm than feedback"
@@ -156,9 +151,9 @@ class OnnxForward:
             begin = end
 
     def _fits(self, num_examples: int, longest: int, num_points: int) -> bool:
-        if self._memory_mib is None:
+        if self._limit_mib is None:
             return num_examples * longest * num_points <= self._package.settings.rows_per_pass
-        return num_points * self._package.manifest.widths.activation_mib(num_examples, longest) <= self._memory_mib
+        return num_points * self._package.manifest.widths.activation_mib(num_examples, longest) <= self._limit_mib
 
     def _batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         examples, manifest = self._examples, self._package.manifest

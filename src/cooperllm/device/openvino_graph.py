@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import openvino
+from openvino import opset13 as operations
 
 from cooperllm.device.settings import Settings
 from cooperllm.errors import PackageError
@@ -21,6 +22,7 @@ class OpenvinoGraph:
         try:
             core: Any = openvino.Core()
             model = core.read_model(file)
+            _part_square_weights(model)
             # Asked before it is compiled: then a tensor may go by the names of others, too.
             self._inputs = [port.get_any_name() for port in model.inputs]
             self._outputs = [port.get_any_name() for port in model.outputs]
@@ -42,3 +44,15 @@ class OpenvinoGraph:
             f"{self._file} does not run in openvino {openvino.__version__} ({lines[-1].strip()}); install another openvino, use "
             "onnxruntime, or write the package anew with `cooperllm package`"
         )
+
+
+def _part_square_weights(model: Any) -> None:
+    """Gives every product with a square weight a copy of its own.
+
+    Without that x W and y Wᵀ in one graph are both computed with what was packed for the first (seen in 2026.4, from 8 x 8 on).
+    """
+    for constant in [found for found in model.get_ops() if found.get_type_name() == "Constant"]:
+        shape, users = constant.get_output_shape(0), list(constant.output(0).get_target_inputs())
+        if len(shape) == 2 and shape[0] == shape[1]:
+            for user in users[1:]:
+                user.replace_source_output(operations.constant(constant.data.copy()).output(0))

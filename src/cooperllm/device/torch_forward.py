@@ -52,12 +52,14 @@ class TorchForward:
         shard: Positions of the device's examples among all private examples of this process.
     """
 
-    def __init__(self, model: ForwardModel, examples: Any, shard: Sequence[int], memory_mib: float | None, adjustment: float = 0.0) -> None:
+    def __init__(
+        self, model: ForwardModel, examples: Any, shard: Sequence[int], activation_mib: float | None, adjustment: float = 0.0
+    ) -> None:
         """Takes one device's part of the examples; `adjustment` is τ of `algorithm.label_adjustment`."""
         self._model = model
         self._examples = examples
         self.shard = list(shard)
-        self._memory_mib = memory_mib
+        self._limit_mib = activation_mib
         self._shift = torch.from_numpy(label_adjustment(examples.labels[self.shard], model.num_classes, adjustment))
 
     @property
@@ -104,7 +106,7 @@ class TorchForward:
 
     def _points_per_pass(self, batch: Any, default: int) -> int:
         """The number of points that fit the memory budget."""
-        return default if self._memory_mib is None else max(1, int(self._memory_mib / self._model.activation_mib(batch)))
+        return default if self._limit_mib is None else max(1, int(self._limit_mib / self._model.activation_mib(batch)))
 
     @property
     def map_shape(self) -> tuple[int, int]:
@@ -125,10 +127,10 @@ class TorchForward:
 
     def _examples_per_graph(self, indices: Sequence[int]) -> int:
         """All of a batch, or as many as fit the memory budget while a layer is differentiated."""
-        if self._memory_mib is None:
+        if self._limit_mib is None:
             return len(indices)
         of_one = self._model.activation_mib(self._model.batch(self._examples, indices)) / len(indices)
-        return max(1, min(len(indices), int(self._memory_mib / (GRAPH_SHARE * of_one))))
+        return max(1, min(len(indices), int(self._limit_mib / (GRAPH_SHARE * of_one))))
 
     def _estimate(self, point: torch.Tensor, batch: Any, maps: DecodedMaps | None, share: float, total: torch.Tensor) -> float:
         """Adds a part of a batch to an estimate, and returns its part of the mean loss."""
