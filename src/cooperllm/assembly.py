@@ -201,7 +201,7 @@ def write_device_package(config: RunConfig, material: Material, target: Path, va
     """Writes the package with which a device takes part in a run.
 
     Args:
-        config: The run's settings; its seed decides θ_0, and a run in forward mode needs a model that has one.
+        config: The run's settings; its seed decides θ_0, and a package for forward mode has a graph more.
         material: Model and texts of it.
         target: A missing or empty directory.
         variant: How the frozen weights are kept.
@@ -222,7 +222,7 @@ def write_device_package(config: RunConfig, material: Material, target: Path, va
         label_names=names,
         variant=variant,
         seed=config.seed,
-        needs_slopes=config.slope_method is SlopeMethod.FORWARD_MODE,
+        has_forward_mode=config.slope_method is SlopeMethod.FORWARD_MODE,
     )
     return package_bytes(manifest)
 

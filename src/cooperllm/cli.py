@@ -226,6 +226,7 @@ def package_command(
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
     recipe: Annotated[str, typer.Option("--recipe", help="The run that the devices take part in.")] = "demo",
     variant: Annotated[Variant, typer.Option("--variant", help="How frozen weights are kept.")] = Variant.FP32,
+    slopes: Slopes = None,
     seed: Seed = None,
     model: Model = None,
     adapter: Adapter = None,

@@ -53,8 +53,15 @@ def tiny(runtime, arm=ArmName.FEEDBACK):
 
 @pytest.fixture(scope="module")
 def onnx_run(tmp_path_factory):
-    """A whole run whose devices never touch PyTorch; its package serves the other tests."""
-    return cooperllm.run(tiny(RuntimeName.ONNX), tmp_path_factory.mktemp("onnx") / "run")
+    """A whole run whose devices never touch PyTorch; its package serves the other tests, forward mode and all."""
+    config = replace(tiny(RuntimeName.ONNX), slope_method=SlopeMethod.FORWARD_MODE)
+    return cooperllm.run(config, tmp_path_factory.mktemp("onnx") / "run")
+
+
+def write(config, path, variant=Variant.FP32):
+    """Writes a package that has forward mode, too; returns what it was given."""
+    write_device_package(replace(config, slope_method=SlopeMethod.FORWARD_MODE), Material(config), path, variant)
+    return config, path
 
 
 def label_words(onnx_run, _directory):
@@ -65,7 +72,7 @@ def label_words(onnx_run, _directory):
 def ia3_with_head(_onnx_run, directory):
     """IA3 on all layers, so that token ids enter the graphs, and a trained head; written by the command line."""
     path = directory / "package"
-    result = CliRunner().invoke(app, ["package", str(path), "--recipe", "tiny", *IA3.split()])
+    result = CliRunner().invoke(app, ["package", str(path), "--recipe", "tiny", "--slopes", "forward-mode", *IA3.split()])
     assert result.exit_code == 0, result.output
     assert "MiB" in result.output
     config = tiny(RuntimeName.ONNX)
@@ -83,9 +90,7 @@ def ia3_with_head(_onnx_run, directory):
 def last_layer_alone(_onnx_run, directory):
     """Nothing lies below the last adapted layer, so that there is nothing to map: every gradient is exact."""
     config = tiny(RuntimeName.ONNX)
-    config = replace(config, model=replace(config.model, last_layers=1))
-    write_device_package(config, Material(config), directory / "package", Variant.FP32)
-    return config, directory / "package"
+    return write(replace(config, model=replace(config.model, last_layers=1)), directory / "package")
 
 
 def default_model(_onnx_run, directory, variant=Variant.FP32):
@@ -93,9 +98,7 @@ def default_model(_onnx_run, directory, variant=Variant.FP32):
     data = replace(
         RunConfig().data, public=SourceConfig(max_examples=64), private=SourceConfig(max_examples=48), num_test=2, num_validation=2
     )
-    config = replace(cooperllm.recipe("demo").config, data=data)
-    write_device_package(config, Material(config), directory / "package", variant)
-    return config, directory / "package"
+    return write(replace(cooperllm.recipe("demo").config, data=data), directory / "package", variant)
 
 
 @pytest.fixture(scope="module", params=[label_words, last_layer_alone, ia3_with_head, default_model], ids=lambda make: make.__name__)
@@ -351,11 +354,10 @@ def test_forward_mode_with_int8_weights_keeps_the_direction_of_exact_derivatives
     assert np.corrcoef(found, exact)[0, 1] >= 0.99
 
 
-def test_a_package_without_forward_mode_is_refused_in_a_sentence(package):
-    manifest = json.loads((package / "manifest.json").read_text())
-    del manifest["files"]["slopes.onnx"]
-    edit(package, graphs=[name for name in manifest["graphs"] if name != SLOPES], files=manifest["files"])
-    opened = open_package(package)
+def test_a_package_without_forward_mode_is_refused_in_a_sentence(quantised):
+    """Nobody asked for it when the run wrote its package."""
+    opened = open_package(quantised.run.path / "package")
+    assert SLOPES not in opened.manifest.graphs
     device = OnnxForward(opened, opened.encode(["a fine film"], None, [1]), [0], None)
     assert np.isfinite(device.evaluate([0])[0](opened.theta[None])).all()
     with pytest.raises(ConfigError, match=r"slope_method: found forward-mode and a package without it .* expected two-sided"):

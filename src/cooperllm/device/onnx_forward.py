@@ -71,7 +71,7 @@ class OnnxForward:
         if SLOPES not in self._package.manifest.graphs:
             raise ConfigError(
                 f"slope_method: found forward-mode and a package without it ({self._package.path}), expected two-sided, or a package with "
-                f"{SLOPES}.onnx: `cooperllm package` writes it for every model whose operations have a rule"
+                f"{SLOPES}.onnx: `cooperllm package --slopes forward-mode` writes one"
             )
         indices = [self.shard[position] for position in chosen]
 

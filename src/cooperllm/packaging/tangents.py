@@ -30,7 +30,7 @@ EUCLIDEAN = 2
 
 
 class MissingRuleError(Exception):
-    """A graph has an operation that nothing here differentiates; `packaging.trace` leaves forward mode out, or says so to the user."""
+    """A graph has an operation that nothing here differentiates; `packaging.trace` says so to the user."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def write_package(
     label_names: Sequence[str],
     variant: Variant,
     seed: int,
-    needs_slopes: bool = False,
+    has_forward_mode: bool = False,
 ) -> Manifest:
     """Writes what a device needs to run a model without PyTorch.
 
@@ -58,7 +58,7 @@ def write_package(
         label_names: Names of the classes.
         variant: How the frozen weights are kept.
         seed: The run's seed that θ_0 belongs to.
-        needs_slopes: Whether a model without forward mode is refused.
+        has_forward_mode: Whether devices can measure slopes in forward mode; a model without it is refused then.
 
     Returns:
         The manifest.
@@ -74,7 +74,7 @@ def write_package(
     shutil.rmtree(part, ignore_errors=True)  # of an attempt that was interrupted
     part.mkdir(parents=True)
     try:
-        manifest = _written(model, theta, part, label_names, variant, seed, needs_slopes)
+        manifest = _written(model, theta, part, label_names, variant, seed, has_forward_mode)
         open_package(part)
     except PackageError as error:
         raise PackageError(f"the package does not do what the model does: {error}") from error
@@ -92,14 +92,14 @@ def _written(
     label_names: Sequence[str],
     variant: Variant,
     seed: int,
-    needs_slopes: bool,  # noqa: FBT001 -- handed on
+    has_forward_mode: bool,  # noqa: FBT001 -- handed on
 ) -> Manifest:
     (part / TOKENIZER).write_text(model.tokenizer_json(), encoding="utf8")
     theta.astype("<f4").tofile(part / THETA)
     labels = [number % model.num_classes for number in range(len(GOLDEN_TEXTS))]
     examples = model.encode(GOLDEN_TEXTS, None, labels)
     batch = model.batch(examples, range(len(examples)))
-    graphs, seen = graphs_of(model, torch.from_numpy(theta.copy()), batch, needs_slopes=needs_slopes)
+    graphs, seen = graphs_of(model, torch.from_numpy(theta.copy()), batch, has_forward_mode=has_forward_mode)
     multiplied = multiplications(graphs[LOSSES])
     for graph in graphs.values():
         quantise(graph, variant)
