@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 import cooperllm
-from cooperllm.config import NO_TEXT, ArmName, EngineName, OptimizerKind, RunConfig, SourceConfig
+from cooperllm.config import NO_TEXT, SUPPORTED_BITS, ArmName, EngineName, OptimizerKind, RunConfig, RuntimeName, SourceConfig
 from cooperllm.progress import Progress
 from cooperllm.report import arms_table, verdict
 
@@ -41,6 +41,8 @@ class Row:
         private: The devices' text, if another than the recipe's.
         source: Other fields of the public source.
         last_layers: How many of the last layers are adapted.
+        settings: Settings of the arms that are not the recipe's.
+        runtime: What computes the devices' passes.
     """
 
     recipe: str
@@ -50,6 +52,8 @@ class Row:
     private: str | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
     last_layers: int | None = 2
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    runtime: RuntimeName = RuntimeName.TORCH
 
     def configs(self, data_directory: str) -> list[RunConfig]:
         """Gives one configuration per arm."""
@@ -66,6 +70,8 @@ class Row:
             config,
             data=replace(config.data, public=replace(public, **self.source), private=private),
             model=replace(config.model, last_layers=self.last_layers),
+            arm=replace(config.arm, **self.settings),
+            runtime=self.runtime,
             num_rounds=self.rounds,
             evaluate_every=10 if self.rounds == LONG else 5,
             checkpoint_every=50,
@@ -108,6 +114,13 @@ ROWS = {
     # The depth table: all six layers.
     "six-layers": Row("sentiment-shift", (A.FEEDBACK, A.FEDAVG_BP), BROAD, last_layers=None),
     "six-layers-baseline": Row("sentiment-shift", (A.MEZO_FL,), LONG, last_layers=None),
+    # What the link and a device's rounding cost.
+    **{
+        f"{recipe}-{bits}-bit": Row(recipe, LABEL_FREE, BROAD, settings={"estimate_bits": bits})
+        for recipe in ("sentiment-shift", "missing-topics")
+        for bits in SUPPORTED_BITS
+    },
+    "sentiment-shift-int8": Row("sentiment-shift", LABEL_FREE, BROAD, runtime=RuntimeName.ONNX_INT8),
 }
 
 

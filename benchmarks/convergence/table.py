@@ -15,8 +15,8 @@ from cooperllm.session import rounds_to
 from cooperllm.study import mean_of_last
 
 UNGUIDED = {
-    "sst2": "sentiment-shift-baseline",
-    "ag_news": "missing-topics-baseline",
+    "sst2": "sentiment-shift-unguided",
+    "ag_news": "missing-topics-unguided",
     "customer_reviews": "customer-baseline",
     "banking77": "banking77-baseline",
 }

@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from cooperllm.config import SUPPORTED_BITS
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
@@ -74,19 +74,6 @@ class Guide:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Packed:
-    """A vector whose length counts, packed for the link.
-
-    Attributes:
-        scale: What the decoded payload is multiplied with, >= 0.
-        payload: Output of `algorithm.compression.pack` for one column.
-    """
-
-    scale: Annotated[float, Meta(ge=0, le=1e30)]
-    payload: bytes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Maps:
     """The other kind of guide: how gradients reach the layers below the last one, learnt on public text; whole, or what has changed.
 
@@ -104,11 +91,11 @@ class Maps:
     version: Count
     base_version: Annotated[int, Meta(ge=-1, le=1 << 32)]
     num_directions: Count
-    directions: Packed | None
+    directions: bytes | None
     num_components: Count
-    basis: Packed | None
+    basis: bytes | None
     rank: Count
-    factors: Packed
+    factors: bytes
 
     def __post_init__(self) -> None:
         if {self.base_version == -1, self.basis is not None, self.directions is not None} not in ({True}, {False}):
@@ -124,7 +111,7 @@ class Feedback:
     Attributes:
         maps_version: Version of the maps to use; -1 when there are none, and layers below the last one get its gradient.
         blocks: Half-open ranges of θ; one two-point slope is measured along the estimate's part in each.
-        bits: Bits per entry of the estimate on the link: 4, 8 or 32.
+        bits: Bits per entry of the estimate on the link: 1, 2, 4, 8 or 32.
         slope_scale: Half-step μ of those slopes, > 0.
         num_steps: Estimates to make, each on a batch of its own and a step away from the one before; their mean is reported.
         step_size: Size of those steps, > 0.
@@ -139,7 +126,7 @@ class Feedback:
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
-            raise ValueError(f"feedback: {self.bits} bits found, 4, 8 or 32 expected")
+            raise ValueError(f"feedback: {self.bits} bits found, one of {SUPPORTED_BITS} expected")
         edges = [0, *(edge for block in self.blocks for edge in block)]
         if edges != sorted(edges) or any(start == stop for start, stop in self.blocks):
             raise ValueError(f"feedback: blocks {self.blocks} found, ranges in order that share no position expected")
@@ -286,7 +273,7 @@ class Update:
     guide: Guide | None
     column_coefficients: Float32[np.ndarray, "_k"]
     random_terms: tuple[RandomTerm, ...]
-    dense: Packed | None
+    dense: bytes | None
     loss: Loss | None
     theta_hash: Digest
     kind: StepKind = StepKind.STEP
@@ -356,7 +343,7 @@ class DeviceReport:
     loss: Loss
     column_slopes: Float32[np.ndarray, "_k"]
     random_slopes: Float32[np.ndarray, "_P"]
-    estimate: Packed | None
+    estimate: bytes | None
     agreement: Float32[np.ndarray, "_b"]
     energy: Float32[np.ndarray, "_b"]
     forward_passes: Count
@@ -406,7 +393,7 @@ class EdgeReport:
     column_slopes: Float32[np.ndarray, "_k"]
     column_squares: Float32[np.ndarray, "_k"]
     random_slopes: tuple[RandomSlopes, ...]
-    estimate: Packed | None
+    estimate: bytes | None
     agreement: Float32[np.ndarray, "_b"]
     energy: Float32[np.ndarray, "_b"]
     forward_passes: Count

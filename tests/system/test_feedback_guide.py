@@ -380,7 +380,7 @@ def test_maps_travel_only_to_devices_that_do_not_have_them(tmp_path):
     cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
     results = [run_round(cloud, edges, link) for _ in range(5)]
     assert link.maps == [{0: [0], 1: [0]}, {0: [1], 1: [1]}, {0: [2], 1: [2]}, {}, {0: [4], 1: [4]}]
-    saved = 2 * len(cloud.maps()[0].factors.payload)
+    saved = 2 * len(cloud.maps()[0].factors)
     assert results[2].bytes_down - results[3].bytes_down > saved
     assert results[2].bytes_between - results[3].bytes_between > saved / 2
 

@@ -26,7 +26,7 @@ from cooperllm.cli import app
 from cooperllm.cloud import MapFitter
 from cooperllm.config import AdapterKind, ArmName, EngineName, Objective, RunConfig, RuntimeName, SlopeMethod, SourceConfig, Variant
 from cooperllm.device import graphs
-from cooperllm.device.manifest import LOSSES, SLOPES
+from cooperllm.device.manifest import LOSSES, OBSERVE, PULL_BACK, SLOPES
 from cooperllm.device.onnx_forward import OnnxForward, open_package
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, Runtime, Trainer
 from cooperllm.device.settings import GraphLibrary, Settings
@@ -205,14 +205,24 @@ def test_forward_mode_gives_the_gradients_projections_and_the_loss_at_theta(pair
         assert loss == pytest.approx(runtime.evaluate(CHOSEN)[0](pair.theta[None])[0], abs=2e-6)
 
 
+def products(package, name):
+    """How often a graph multiplies with a frozen matrix, as it is or turned."""
+    graph = onnx.load(package.path / f"{name}.onnx", load_external_data=False).graph
+    frozen = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) >= 16}
+    return sum(node.op_type in {"MatMul", "FusedMatMul"} and node.input[1] in frozen for node in graph.node)
+
+
 def test_forward_mode_multiplies_with_each_frozen_matrix_once(pair):
     """As many products as a pass without tangents has: values are not computed again for each direction."""
-    products = {}
-    for name in (LOSSES, SLOPES):
-        graph = onnx.load(pair.package.path / f"{name}.onnx", load_external_data=False).graph
-        frozen = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) >= 16}
-        products[name] = sum(node.op_type == "MatMul" and node.input[1] in frozen for node in graph.node)
-    assert products[LOSSES] == products[SLOPES] > 2
+    assert products(pair.package, LOSSES) == products(pair.package, SLOPES) > 2
+
+
+def test_an_estimate_differentiates_each_layer_once(pair):
+    """The first pass goes back through the last layer alone, the second runs every layer below once more and back."""
+    below, forward = len(pair.package.manifest.layers), products(pair.package, LOSSES)
+    assert forward < products(pair.package, OBSERVE) <= forward + forward / (below + 1)
+    if below:
+        assert products(pair.package, PULL_BACK) <= 2 * forward * below / (below + 1)
 
 
 def test_a_memory_budget_decides_how_many_directions_share_a_pass(pair):
@@ -448,7 +458,7 @@ def test_a_square_weight_can_be_multiplied_both_ways_in_one_graph(library, tmp_p
     graph = onnx.helper.make_graph(nodes, "both", inputs, outputs, [onnx.numpy_helper.from_array(weight, "weight")])
     versions = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=versions, ir_version=10), tmp_path / "both.onnx")
-    found = graphs.loader(library)(tmp_path / "both.onnx", Settings(library=library), 1).run(given)
+    found = graphs.loader(library)(tmp_path / "both.onnx", Settings(library=library), 1, {}).run(given)
     np.testing.assert_allclose(found["forward"], given["x"] @ weight, atol=1e-5)
     np.testing.assert_allclose(found["backward"], given["y"] @ weight.T, atol=1e-5)
 
@@ -495,6 +505,10 @@ def edit(package, **changes):
     (package / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
+def weight(**changes):
+    return {"offset": 0, "kind": "float32", "shape": [16]} | changes
+
+
 def cut(file, kept):
     file.write_bytes(file.read_bytes()[:kept])
 
@@ -515,7 +529,7 @@ def flip(file, position):
         (lambda p: (p / "manifest.json").unlink(), "manifest.json does not exist: .* is not a device package"),
         (lambda p: cut(p / "manifest.json", 100), "manifest.json is damaged"),
         (lambda p: (p / "manifest.json").write_bytes(b" " * (1 << 20) + b"{}"), "at most 1048576 expected"),
-        (lambda p: edit(p, format_version=0), "format version 0 found, 3 expected"),
+        (lambda p: edit(p, format_version=0), "format version 0 found, 4 expected"),
         (lambda p: edit(p, num_classes=1 << 40), "manifest.json is damaged"),
         (lambda p: edit(p, num_parameters=7), "ranges .* of 7 parameters expected"),
         (lambda p: edit(p, graphs=["losses", "strange"]), "graphs .* expected"),
@@ -524,6 +538,11 @@ def flip(file, position):
         (lambda p: edit(p, prompt="{text:999999999}"), "prompt .* nothing but {text} and {text2} expected"),
         (lambda p: edit(p, prompt="{text.__class__}"), "prompt .* nothing but {text} and {text2} expected"),
         (lambda p: edit(p, prompt="{text"), "prompt .* nothing but {text} and {text2} expected"),
+        (lambda p: edit(p, weights={"weight_0": weight(offset=1 << 40)}), "weight_0 found that ends behind byte [0-9]+ of weights.bin"),
+        (lambda p: edit(p, weights={"weight_0": weight(shape=[1 << 31] * 8)}), "weight_0 found that ends behind byte"),
+        (lambda p: edit(p, weights={"weight_0": weight(kind="object")}), "manifest.json is damaged"),
+        (lambda p: edit(p, weights={"/etc/passwd": weight()}), "manifest.json is damaged"),
+        (lambda p: edit(p, weights={"weight_0": weight(shape=[2])}), "onnx does not run in onnxruntime"),
     ],
 )  # fmt: skip
 def test_a_package_that_is_not_what_it_says_is_refused(package, damage, sentence):

@@ -289,14 +289,14 @@ def test_probes_from_a_basis_move_the_model_as_far_as_a_column_probe():
     assert (isotropic.column_scale, isotropic.random_scale, isotropic.blend) == (0.02, 1e-4, None)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 32])
 def test_the_default_step_is_sent_with_the_bits_of_its_setting(bits):
     size = 700
     span = span_of(2, size)
     reports = measured(span, gradient(size))
     config = ArmConfig(estimate_bits=bits)
     found = MeasuredArm().combine(config, plan(MeasuredArm().probes(config, 2, 0)), public_of(span), reports)
-    assert len(found.dense.payload) == packed_bytes(1, size, bits)
+    assert len(found.dense) == packed_bytes(1, size, bits)
     assert len(found.columns) == len(found.random_terms) == 0
 
 

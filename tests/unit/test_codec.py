@@ -24,7 +24,6 @@ from cooperllm.messages import (
     Maps,
     Order,
     Outcome,
-    Packed,
     Plan,
     Probes,
     RandomSlopes,
@@ -38,7 +37,7 @@ MIB = 1 << 20
 ARRAY = ["<f4", [2], np.array([1, -2], "<f4").tobytes()]
 
 
-VALUES = {"scale": 1.0, "payload": b""}
+VALUES = b""
 MAPS = {
     "version": 1, "base_version": -1, "num_directions": 1, "directions": VALUES, "num_components": 1, "basis": VALUES, "rank": 1,
     "factors": VALUES,
@@ -55,7 +54,7 @@ def nested(depth, opener=b"\x91"):
     return msgspec.msgpack.encode({"group": 1, "coefficients": 0})[:-1] + opener * depth + b"\xc0"
 
 
-PACKED = Packed(scale=0.5, payload=b"CG\x01\x08")
+PACKED = b"CG\x02\x00"
 
 
 WHOLE = Maps(version=4, base_version=-1, num_directions=1, directions=PACKED, num_components=1, basis=PACKED, rank=1, factors=PACKED)

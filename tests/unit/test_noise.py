@@ -87,12 +87,7 @@ def test_noise_matches_golden_vectors():
         "5bf5d9c6fd1f03c7",
         "cd26d092fae79656",
         "9f70021e58b47034",
-        "dd8b3e0b9b05f146",
     ]
-    uniform = noise.uniform(7, 3, 100_000)
-    assert [float(value).hex() for value in uniform[:2]] == ["0x1.360be28d00000p-1", "0x1.bb167c1700000p-1"]
-    assert 0 < uniform.min() < uniform.max() < 1
-    assert np.array_equal(uniform[:3], noise.uniform(7, 3, 3))
 
 
 def test_streams_keep_their_numbers():
@@ -102,7 +97,6 @@ def test_streams_keep_their_numbers():
         "CHOICE": 2,
         "SEED": 3,
         "INITIALISATION": 4,
-        "ROUNDING": 5,
     }
 
 

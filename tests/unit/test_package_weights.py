@@ -14,8 +14,11 @@ from onnx import TensorProto, helper, numpy_helper
 from cooperllm.algorithm import noise
 from cooperllm.byte_tokenizer import byte_tokenizer
 from cooperllm.config import Variant
+from cooperllm.device.manifest import WeightEntry, WeightKind
+from cooperllm.device.onnxruntime_graph import OnnxRuntimeGraph
+from cooperllm.device.settings import Settings
 from cooperllm.packaging.quantise import quantise, rows_to_int4
-from cooperllm.packaging.weights import write_graphs
+from cooperllm.packaging.weights import fold_gathers, write_graphs
 
 SMOOTH = [Variant.INT8_WEIGHTS, Variant.INT4]
 QUANTISED = [Variant.INT8, *SMOOTH]
@@ -60,6 +63,48 @@ def test_wt_is_not_written_where_w_is(tmp_path):
     assert (tmp_path / "weights.bin").stat().st_size == 64 * 48 * 4
     np.testing.assert_allclose(run(str(tmp_path / "there.onnx"), x), x @ weight, atol=1e-4)
     np.testing.assert_allclose(run(str(tmp_path / "back.onnx"), delta), delta @ weight.T, atol=1e-4)
+
+
+def test_graphs_share_a_weight_by_one_name_and_what_is_no_numpy_type_by_none(tmp_path):
+    weight, x = matrix(64, 48), matrix(6, 64, 1).reshape(2, 3, 64)
+    graphs = {"one": product(weight), "two": product(weight, transposed=True), "four-bits": product(weight)}
+    quantise(graphs["four-bits"], Variant.INT4)
+    found = write_graphs(graphs, tmp_path, "weights.bin")
+    named = {name: {t.name for t in onnx.load(tmp_path / f"{name}.onnx", load_external_data=False).graph.initializer} for name in graphs}
+    assert named["one"] == named["two"] == {"weight_0"}
+    assert found["weight_0"] == WeightEntry(offset=0, kind=WeightKind.FLOAT32, shape=(64, 48))
+    assert set(found) - {"weight_0"} < named["four-bits"]
+    data = np.memmap(tmp_path / "weights.bin", np.uint8, "r")
+    held = {name: data[entry.offset : entry.stop].view(entry.kind.value).reshape(entry.shape) for name, entry in found.items()}
+    np.testing.assert_array_equal(held["weight_0"], weight)
+    # Another weight under that name is what a graph multiplies by, so that it is the one handed in and not the one in the file.
+    for weights, expected in ((held, x @ weight), (held | {"weight_0": weight + 1}, x @ (weight + 1))):
+        graph = OnnxRuntimeGraph(tmp_path / "one.onnx", Settings(), 1, weights)
+        np.testing.assert_allclose(graph.run({"x": x})["y"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", ["Gather", "GatherND"])
+def test_of_a_table_whose_rows_are_always_the_same_those_alone_are_kept(operator):
+    table, rows = matrix(500, 8), np.array([7, 3, 7])
+    places = rows if operator == "Gather" else rows[:, None]
+    nodes = [
+        helper.make_node(operator, ["table", "places"], ["words"]),
+        helper.make_node("Gather", ["table", "given"], ["looked_up"]),
+        helper.make_node("Add", ["words", "looked_up"], ["y"]),
+    ]
+    stored = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(places, "places")]
+    given = helper.make_tensor_value_info("given", TensorProto.INT64, [3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 8])
+    for kept in (nodes, [nodes[0], helper.make_node("Identity", ["words"], ["y"])]):
+        graph = helper.make_graph(kept, "words", [given], [y], stored)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        inputs = {"given": np.array([1, 2, 499])}
+        (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, inputs)
+        fold_gathers(model)
+        np.testing.assert_array_equal(onnxruntime.InferenceSession(model.SerializeToString()).run(None, inputs)[0], expected)
+        sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+        assert sizes["words"] == (3, 8)
+        assert ("table" in sizes) is (kept is nodes)  # what else is looked up in it needs it
 
 
 # Products of each variant.

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.config import ArmConfig
-from cooperllm.messages import Feedback, LocalTraining, Packed, Plan, Probes, RandomSlopes, RandomTerm, StepKind
+from cooperllm.messages import Feedback, LocalTraining, Plan, Probes, RandomSlopes, RandomTerm, StepKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ class Coordinates:
 
     columns: Float32[np.ndarray, "k"]
     random_terms: tuple[RandomTerm, ...] = ()
-    dense: Packed | None = None
+    dense: bytes | None = None
     observed: Mapping[str, float] = field(default_factory=dict[str, float])
     kind: StepKind = StepKind.STEP
 

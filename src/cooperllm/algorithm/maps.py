@@ -19,7 +19,7 @@ from jaxtyping import Float32, Float64
 from cooperllm.algorithm.compression import LARGEST, pack_vector, unpack_vector
 from cooperllm.config import MOST_MAP_COMPONENTS
 from cooperllm.errors import DecodeError, ProtocolError
-from cooperllm.messages import Maps, Packed
+from cooperllm.messages import Maps
 
 MOST_DIRECTIONS = 16
 """A receiver's bound: with it and that on components decoded maps take at most 4112 D values a layer, whatever a message says."""
@@ -90,12 +90,12 @@ def factors(fitted: Fitted, rank: int) -> tuple[Float32[np.ndarray, "r _KF"], Fl
     return (right @ wide.reshape(-1, wide.shape[2]).T).astype(np.float32), right.astype(np.float32)
 
 
-def pack_rows(rows: Sequence[Float32[np.ndarray, "_rows _columns"]], bits: int) -> Packed:
+def pack_rows(rows: Sequence[Float32[np.ndarray, "_rows _columns"]], bits: int) -> bytes:
     """Packs directions, or the bases of all layers, before anything is fitted on what comes out again.
 
     Args:
         rows: Matrices of any shapes, at least one.
-        bits: 4, 8 or 32 bits per value.
+        bits: 1, 2, 4, 8 or 32 bits per value.
 
     Returns:
         One packed vector.
@@ -107,7 +107,7 @@ def pack_rows(rows: Sequence[Float32[np.ndarray, "_rows _columns"]], bits: int) 
     return pack_vector(np.concatenate([matrix.reshape(-1) for matrix in rows]), bits)
 
 
-def unpack_rows(packed: Packed, shapes: Sequence[tuple[int, int]]) -> list[Float32[np.ndarray, "_rows _columns"]]:
+def unpack_rows(packed: bytes, shapes: Sequence[tuple[int, int]]) -> list[Float32[np.ndarray, "_rows _columns"]]:
     """Decodes matrices.
 
     Args:
@@ -128,20 +128,20 @@ def unpack_rows(packed: Packed, shapes: Sequence[tuple[int, int]]) -> list[Float
     return [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]
 
 
-def pack_factors(fits: Sequence[Fitted], rank: int, bits: int = FACTOR_BITS) -> Packed:
+def pack_factors(fits: Sequence[Fitted], rank: int, bits: int = FACTOR_BITS) -> bytes:
     """Packs what a fit says of all layers, eq. (2).
 
     Args:
         fits: One per layer.
         rank: r >= 1.
-        bits: 4, 8 or 32 bits per value.
+        bits: 1, 2, 4, 8 or 32 bits per value.
 
     Returns:
         One packed vector.
 
     Example:
-        >>> len(pack_factors([Fitted(maps=np.ones((1, 3, 4), np.float32), xx=np.eye(3))], 1).payload)
-        25
+        >>> len(pack_factors([Fitted(maps=np.ones((1, 3, 4), np.float32), xx=np.eye(3))], 1))
+        37
     """
     return pack_rows([part for fitted in fits for part in factors(fitted, rank)], bits)
 

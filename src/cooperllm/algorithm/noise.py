@@ -3,7 +3,6 @@
     w_i = Philox4x64-10(key = (seed, index), counter = (i, 0, 0, stream))      (1)  64-bit words
     z_j = T[ 16-bit lane j of w ],   T[i] = Φ⁻¹((i + 1/2) / 2¹⁶) / c             (2)  c: unit variance
     r_j = 1 - 2 · (bit j of w)                                                 (3)  Rademacher
-    v_j = (32-bit lane j of w + 1/2) / 2³²                                      (4)  uniform, symmetric about 1/2
 
 The transform (2) is a table look-up, so no logarithm or cosine of a machine's own mathematics library takes part, and a
 runtime in any language needs the generator and 2¹⁶ floats to reproduce it. The lanes are the inverse distribution function at
@@ -22,7 +21,7 @@ from functools import cache
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64, UInt64
+from jaxtyping import Float32, Int64, UInt64
 
 BLOCK = 1 << 16
 """Numbers drawn at a time, so that scratch memory does not grow with the length of a direction."""
@@ -39,7 +38,6 @@ class Stream(IntEnum):
     CHOICE = 2
     SEED = 3
     INITIALISATION = 4
-    ROUNDING = 5
 
 
 def gaussian(seed: int, index: int, size: int, *, stream: Stream = Stream.DIRECTION) -> Float32[np.ndarray, "n"]:
@@ -109,25 +107,6 @@ def rademacher(seed: int, index: int, size: int) -> Float32[np.ndarray, "n"]:
     words = bits(seed, index, -(-size // 64), stream=Stream.SIGN)
     lanes = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
     return (1 - 2 * lanes.astype(np.int8)).astype(np.float32)
-
-
-def uniform(seed: int, index: int, size: int) -> Float64[np.ndarray, "n"]:
-    """Draws numbers between 0 and 1, eq. (4).
-
-    Args:
-        seed: Names a family of draws, in [0, 2⁶⁴).
-        index: Draw within the family, in [0, 2⁶⁴).
-        size: Number of values n >= 0.
-
-    Returns:
-        float64 values in (0, 1), each exact, shape [n].
-
-    Example:
-        >>> uniform(7, 3, 2).round(4)
-        array([0.6056, 0.8654])
-    """
-    lanes = bits(seed, index, -(-size // 2), stream=Stream.ROUNDING).view("<u4")[:size]
-    return (lanes + 0.5) / 2.0**32
 
 
 def bits(seed: int, index: int, count: int, *, stream: Stream) -> UInt64[np.ndarray, "count"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from cooperllm.algorithm import feedback, noise
 from cooperllm.algorithm.feedback import Moments, Tokens
 from cooperllm.algorithm.maps import DecodedMaps, Fitted, LayerMaps, pack_factors, pack_rows, unpack_maps, unpack_rows
-from cooperllm.messages import Maps, Packed
+from cooperllm.messages import Maps
 
 MAP_TEXTS = (1 << 61) + 3
 """Noise index that chooses the public texts of a fit."""
@@ -169,7 +169,7 @@ class MapFitter:
             factors=pack_factors(fits, self._rank),
         )
 
-    def _frame(self, described: Sequence[_Seen]) -> tuple[DecodedMaps, Packed, Packed] | None:
+    def _frame(self, described: Sequence[_Seen]) -> tuple[DecodedMaps, bytes, bytes] | None:
         """Directions and bases from the first batches, as receivers decode them, with maps of zero; None where nothing can be learnt."""
         values = [np.concatenate([seen.values(layer) for seen in described]) for layer in range(self._num_layers)]
         moments = sum(feedback.gradient_moments(_by_text(seen), seen.probabilities) for seen in described)

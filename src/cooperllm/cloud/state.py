@@ -309,7 +309,7 @@ class Cloud:
         has_momentum = momentum_first or (method.has_momentum and free > len(columns))
         mixes = method.has_basis and free > len(columns) + has_momentum and config.basis_size > 0
         basis = self._guide_maker.basis(theta, seed, config.basis_size) if mixes else columns[:0]
-        payload = compression.pack(np.concatenate([columns, basis]), config.guide_bits)
+        payload = compression.pack(np.concatenate([columns, basis]), config.guide_bits, seed)
         return Guide(payload=payload, num_columns=len(columns), has_momentum=has_momentum), gradient, loss
 
 

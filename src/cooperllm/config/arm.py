@@ -6,7 +6,7 @@ from enum import Enum
 
 from cooperllm.config.check import check
 
-SUPPORTED_BITS = (4, 8, 32)
+SUPPORTED_BITS = (1, 2, 4, 8, 32)
 """Bits per entry that vectors can be packed with; 32 is exact."""
 
 MOST_MAP_COMPONENTS = 128
@@ -46,14 +46,14 @@ class ArmConfig:
         queries: Two-point queries per device and round, >= 1, for every zeroth-order arm.
         column_scale: Half-step μ along a unit direction, > 0.
         random_scale: Half-step μ along a standard normal direction, > 0.
-        guide_bits: Bits per entry of packed columns and of the bases of maps: 4, 8 or 32.
+        guide_bits: Bits per entry of packed columns and of the bases of maps: 1, 2, 4, 8 or 32.
         public_batch_size: Public examples per round, >= 1.
         basis_size: Measured arm: public examples whose gradients random probes are mixed from, 0 to 1000; 0 leaves them isotropic.
         effective_rank: Measured arm: rank r that shrinks P isotropic probes by P/(P+r), >= 0.
         public_weight: Measured arm: weight λ of the cloud's own gradient along the columns, in [0, 1]; 0 where public data lack a class.
         feedback_blocks: Feedback arm: blocks of layers below the last one whose estimate is measured, one query each, >= 0; fewer where
             the model has fewer. Without maps there is nothing to correct.
-        estimate_bits: Feedback arm: bits per entry of an estimate on the link: 4, 8 or 32.
+        estimate_bits: Feedback arm: bits per entry of an estimate on the link: 1, 2, 4, 8 or 32.
         map_examples: Feedback arm: public texts that maps are fitted on, >= 8; 0 fits none, and the
             gradient is carried down from layer to layer.
         map_components: Feedback arm: principal components of a layer's output that maps may depend on, 1 to 128.
@@ -119,7 +119,7 @@ class ArmConfig:
         for name in (*counts, "seed_pool_size", "candidates", "warm_start_rounds"):
             check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
         for name in ("guide_bits", "estimate_bits"):
-            check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), "4, 8 or 32")
+            check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), f"one of {SUPPORTED_BITS}")
         check(self.feedback_blocks >= 0, "arm.feedback_blocks", self.feedback_blocks, ">= 0")
         check(self.map_components <= MOST_MAP_COMPONENTS, "arm.map_components", self.map_components, f"<= {MOST_MAP_COMPONENTS}")
         check(self.map_examples == 0 or self.map_examples >= 8, "arm.map_examples", self.map_examples, "0 or >= 8")

@@ -29,8 +29,8 @@ class Graph(Protocol):
         ...
 
 
-Load = Callable[[Path, Settings, int], Graph]
-"""Loads a graph from its file for so many threads; raises PackageError where the library cannot."""
+Load = Callable[[Path, Settings, int, Mapping[str, np.ndarray]], Graph]
+"""Loads a graph from its file for so many threads, with the weights that graphs share; raises PackageError where the library cannot."""
 
 
 def loader(library: GraphLibrary) -> Load:

@@ -11,16 +11,19 @@ A package is a directory:
 Dimension key: n trainable parameters, C classes, P points.
 """
 
+import math
 from dataclasses import dataclass
+from enum import Enum
 from string import Formatter
 from typing import Annotated
 
+import numpy as np
 from msgspec import Meta
 
 from cooperllm.config import Objective, Variant
 from cooperllm.widths import Widths
 
-PACKAGE_VERSION = 3
+PACKAGE_VERSION = 4
 """Raised whenever the meaning of a file in a package changes."""
 
 MANIFEST, WEIGHTS, THETA, TOKENIZER = "manifest.json", "weights.bin", "theta_0.bin", "tokenizer.json"
@@ -34,6 +37,7 @@ NumClasses = Annotated[int, Meta(ge=2, le=1 << 20)]
 NumTokens = Annotated[int, Meta(ge=2, le=1 << 24)]
 Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
 FileName = Annotated[str, Meta(pattern=r"^[a-z0-9_]+\.[a-z]+$", max_length=64)]
+WeightName = Annotated[str, Meta(pattern=r"^weight_[0-9]+$", max_length=32)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -48,6 +52,35 @@ class FileEntry:
 
     size: Annotated[int, Meta(ge=0, le=1 << 44)]
     sha256: Sha256
+
+
+class WeightKind(Enum):
+    """What a shared weight is made of; the values are NumPy's names."""
+
+    FLOAT32 = "float32"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    INT64 = "int64"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightEntry:
+    """A weight that several graphs may have, in the file of weights.
+
+    Attributes:
+        offset: Its first byte.
+        kind: Type of its entries.
+        shape: Its shape.
+    """
+
+    offset: Annotated[int, Meta(ge=0, le=1 << 44)]
+    kind: WeightKind
+    shape: Annotated[tuple[Positive, ...], Meta(max_length=8)]
+
+    @property
+    def stop(self) -> int:
+        """The byte after its last one."""
+        return self.offset + math.prod(self.shape) * np.dtype(self.kind.value).itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +142,7 @@ class Manifest:
         layers: Adapted layers below the last one, in the order of θ; together they are its beginning.
         graphs: Graphs of the package.
         files: Every file but the manifest.
+        weights: What graphs share of the file of weights, by name.
         golden: Losses to compare with.
     """
 
@@ -128,6 +162,7 @@ class Manifest:
     layers: tuple[LayerEntry, ...]
     graphs: tuple[str, ...]
     files: dict[FileName, FileEntry]
+    weights: dict[WeightName, WeightEntry]
     golden: Golden
 
     @property
@@ -158,6 +193,9 @@ class Manifest:
             )
         if self.files[THETA].size != 4 * n:
             return f"{THETA} of {self.files[THETA].size} bytes found, {4 * n} expected"
+        beyond = [name for name, entry in self.weights.items() if entry.stop > self.files[WEIGHTS].size]
+        if beyond:
+            return f"{beyond[0]} found that ends behind byte {self.files[WEIGHTS].size} of {WEIGHTS}, weights within the file expected"
         if len(self.label_names) != self.num_classes:
             return f"{len(self.label_names)} label names found, {self.num_classes} expected"
         if not len(golden.texts) == len(golden.token_ids) == len(golden.labels) or max(golden.labels) >= self.num_classes:

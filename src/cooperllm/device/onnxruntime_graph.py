@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime import InferenceSession, SessionOptions  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue] -- compiled
+from onnxruntime import InferenceSession, OrtValue, SessionOptions  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue] -- compiled
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors  # pyright: ignore[reportAttributeAccessIssue] -- compiled
 
 from cooperllm.device.settings import Settings
@@ -25,12 +25,19 @@ ERRORS: tuple[type[Exception], ...] = (
 
 
 class OnnxRuntimeGraph:
-    """One graph; weights are mapped from the package's file and multiplied as they are there, unless the settings say otherwise."""
+    """One graph; weights are mapped from the package's file and multiplied as they are there, unless the settings say otherwise.
 
-    def __init__(self, file: Path, settings: Settings, num_threads: int) -> None:
+    Weights that are handed in are used where they lie: a file that every graph maps for itself counts once for each in a process's memory.
+    """
+
+    def __init__(self, file: Path, settings: Settings, num_threads: int, weights: Mapping[str, np.ndarray]) -> None:
         self._file = file
+        options = _options(settings, num_threads)
+        self._weights = {name: OrtValue.ortvalue_from_numpy(weight) for name, weight in weights.items()}  # as long as the session
+        for name, value in self._weights.items():
+            options.add_initializer(name, value)
         try:
-            self._session = InferenceSession(file, _options(settings, num_threads))
+            self._session = InferenceSession(file, options)
         except ERRORS as error:
             raise self._failed(error) from error
 
@@ -54,7 +61,7 @@ def _options(settings: Settings, num_threads: int) -> Any:
     options.intra_op_num_threads = num_threads
     options.enable_cpu_mem_arena = settings.has_arena  # an arena keeps the largest pass for ever
     options.enable_mem_pattern = settings.has_arena  # the same, for one shape each
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # an error is raised, too
     if not settings.packs_weights:  # packed copies are private memory; as they are in the file, they are clean pages
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options

@@ -15,7 +15,7 @@ from cooperllm.errors import PackageError
 class OpenvinoGraph:
     """One graph, on the processor, in the precision it was written in: by default OpenVINO computes in 16 bits where it can."""
 
-    def __init__(self, file: Path, settings: Settings, num_threads: int) -> None:  # noqa: ARG002 -- the settings are another library's
+    def __init__(self, file: Path, _settings: Settings, num_threads: int, _weights: Mapping[str, np.ndarray]) -> None:
         self._file = file
         options = {"INFERENCE_NUM_THREADS": num_threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
         exact = {"EXECUTION_MODE_HINT": "ACCURACY", "INFERENCE_PRECISION_HINT": "f32"}

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from cooperllm.config import Objective, Variant
 from cooperllm.device.graphs import Graph, loader
-from cooperllm.device.manifest import MANIFEST, OBSERVE, PACKAGE_VERSION, PULL_BACK, THETA, TOKENIZER, Manifest
+from cooperllm.device.manifest import MANIFEST, OBSERVE, PACKAGE_VERSION, PULL_BACK, THETA, TOKENIZER, WEIGHTS, Manifest, WeightEntry
 from cooperllm.device.settings import Settings
 from cooperllm.device.states import States, StatesInMemory, StatesOnDisk
 from cooperllm.errors import ConfigError, PackageError
@@ -63,6 +63,7 @@ class Package:
         self._num_threads = num_threads
         self._load = loader(settings.library)
         self._graphs: dict[str, Graph] = {}
+        self._weights = _mapped(path / WEIGHTS, manifest.weights)
         self._tokenizer = _tokenizer(path / TOKENIZER)
 
     def run(self, graph: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -135,7 +136,7 @@ class Package:
     def _loaded(self, name: str) -> Graph:
         if not self.settings.keeps_graphs:
             self.release(*(FEEDBACK_GRAPHS if name in FEEDBACK_GRAPHS else ()))
-        self._graphs[name] = graph = self._load(self.path / f"{name}.onnx", self.settings, self._num_threads)
+        self._graphs[name] = graph = self._load(self.path / f"{name}.onnx", self.settings, self._num_threads, self._weights)
         return graph
 
 
@@ -168,6 +169,14 @@ def read_package(path: Path | str, settings: Settings | None = None, *, num_thre
     # Products with weights of 4 bits take twice as long without copies, which are small.
     usual = Settings(packs_weights=manifest.variant is Variant.INT4)
     return Package(directory, manifest, own_digest, settings or usual, num_threads)
+
+
+def _mapped(file: Path, entries: Mapping[str, WeightEntry]) -> dict[str, np.ndarray]:
+    """Views of one mapping of the file of weights."""
+    if not entries:
+        return {}
+    mapping = np.memmap(file, np.uint8, "r")
+    return {name: mapping[entry.offset : entry.stop].view(entry.kind.value).reshape(entry.shape) for name, entry in entries.items()}
 
 
 def _tokenizer(file: Path) -> Tokenizer:

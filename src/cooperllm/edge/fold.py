@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm.aggregation import merged, weighted_mean, weighted_number
-from cooperllm.algorithm.compression import EXACT, pack_unbiased, unpack_vector
+from cooperllm.algorithm.compression import EXACT, LARGEST_TO_FOLD, pack_unbiased, unpack_vector
 from cooperllm.algorithm.maps import joined, missing
 from cooperllm.algorithm.replay import Replica
 from cooperllm.errors import DecodeError
@@ -165,7 +165,7 @@ def _judge(report: DeviceReport, plan: Plan, num_parameters: int) -> tuple[Outco
     if lengths != (*slopes, blocks, blocks) or report.num_examples == 0 or wants_estimate != (report.estimate is not None):
         return Outcome.MISMATCH, None
     try:
-        estimate = None if report.estimate is None else unpack_vector(report.estimate, num_parameters)
+        estimate = None if report.estimate is None else unpack_vector(report.estimate, num_parameters, LARGEST_TO_FOLD)
     except DecodeError:
         return Outcome.MISMATCH, None
     numbers = (report.column_slopes, report.random_slopes, report.agreement, report.energy, *([] if estimate is None else [estimate]))

@@ -149,7 +149,10 @@ class Forward(nn.Module):
             top = self.network.get_submodule(adapted.top)
             hooks.enter_context(top.register_forward_pre_hook(entered, with_kwargs=True))
             hooks.enter_context(top.register_forward_hook(pushed))
-            views = self._model.layout.views(torch.cat([theta[: adapted.exact_start], exact]))
+            layout, start = self._model.layout, adapted.exact_start
+            # Layers below must not look as if they depended on `exact`, or its derivative would run through all of them.
+            fixed, moving = layout.views(theta), layout.views(torch.cat([theta[:start], exact]))
+            views = {name: (moving if first >= start else fixed)[name] for name, (first, _) in layout.ranges.items()}
             scores = _scores(self._model, given, mask, partial(torch.func.functional_call, self.network, views))
         return (_losses(scores + shift, labels), *seen)
 
@@ -200,7 +203,9 @@ class PullBack(nn.Module):
             args, kwargs = with_states(call, states)
             return output_of(torch.func.functional_call(module, adapted.tensors(layer, part), args, kwargs))
 
-        differentiated: Any = torch.func.vjp(output, theta[layer.start : layer.stop], states_of(call))
+        # Waits for the layer above: a runtime that orders by need alone would run all layers first, and hold what each one made.
+        states = states_of(call) + 0 * delta[:1, :1, :1]
+        differentiated: Any = torch.func.vjp(output, theta[layer.start : layer.stop], states)
         return differentiated[1](delta)
 
 

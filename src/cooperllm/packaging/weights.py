@@ -1,4 +1,7 @@
-"""One file for the weights of all graphs: equal tensors are written once, page by page, so that a device maps them and copies nothing."""
+"""One file for the weights of all graphs: equal tensors are written once, page by page, so that a device maps them and copies nothing.
+
+They have the same names in every graph, by which a device hands one mapping to all of them.
+"""
 
 import hashlib
 import math
@@ -8,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from cooperllm.device.manifest import WeightEntry, WeightKind
 
 ALIGNMENT = 4096
 """Bytes of a memory page."""
@@ -19,21 +24,35 @@ CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
 
-def write_graphs(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights_name: str) -> None:
+KINDS: Mapping[int, WeightKind] = {
+    TensorProto.FLOAT: WeightKind.FLOAT32,
+    TensorProto.INT8: WeightKind.INT8,
+    TensorProto.UINT8: WeightKind.UINT8,
+    TensorProto.INT64: WeightKind.INT64,
+}
+"""What NumPy can hold; entries of 4 bits each graph maps for itself."""
+
+
+def write_graphs(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights_name: str) -> dict[str, WeightEntry]:
     """Writes graphs as NAME.onnx, and the weights of all of them to one file.
 
     Args:
         graphs: Graphs by name; changed in place.
         directory: Where; it exists.
         weights_name: Name of the file of weights.
+
+    Returns:
+        Where in that file each weight is that graphs can share, by its name in all of them.
     """
     straight = {_digest(tensor) for model in graphs.values() for tensor in _multiplied(model.graph)}
     places: dict[bytes, tuple[int, int]] = {}
+    shared: dict[tuple[int, WeightKind, tuple[int, ...]], str] = {}
     with (directory / weights_name).open("wb") as file:
         for name, model in graphs.items():
             _multiply_turned(model, straight)
             _fold_transposes(model.graph)
             _forget_origins(model.graph)
+            names: dict[str, str] = {}
             for tensor in model.graph.initializer:
                 data = _data(tensor)
                 if len(data) < INLINE_BYTES:
@@ -44,7 +63,38 @@ def write_graphs(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights
                     places[digest] = (file.tell(), len(data))
                     file.write(data)
                 _point_to(tensor, weights_name, *places[digest])
+                if tensor.data_type in KINDS:
+                    entry = (places[digest][0], KINDS[tensor.data_type], tuple(tensor.dims))
+                    names[tensor.name] = shared.setdefault(entry, f"weight_{len(shared)}")
+            _rename(model.graph, names)
             onnx.save_model(model, directory / f"{name}.onnx")
+    return {name: WeightEntry(offset=offset, kind=kind, shape=shape) for (offset, kind, shape), name in shared.items()}
+
+
+def fold_gathers(model: onnx.ModelProto) -> None:
+    """Keeps of a table the rows that are always the same ones, as those of label words are, and leaves the table out.
+
+    A runtime would do so when it loads the graph, with the whole table in its private memory.
+
+    Args:
+        model: A graph in float32; changed in place.
+    """
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type not in {"Gather", "GatherND"} or attributes.get("batch_dims") or not set(node.input) <= set(constants):
+            kept.append(node)
+            continue
+        table, places = (numpy_helper.to_array(constants[name]) for name in node.input)
+        is_gather = node.op_type == "Gather"
+        rows = np.take(table, places, axis=attributes.get("axis", 0)) if is_gather else table[tuple(np.moveaxis(places, -1, 0))]
+        constants[node.output[0]] = graph.initializer.add()
+        constants[node.output[0]].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(rows), node.output[0]))
+    del graph.node[:]
+    graph.node.extend(kept)
+    drop_unused(graph)
 
 
 def multiplications(model: onnx.ModelProto) -> int:
@@ -139,6 +189,20 @@ def _forget_origins(graph: onnx.GraphProto) -> None:
         del value.metadata_props[:]
     del graph.value_info[:]
     del graph.metadata_props[:]
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Gives constants other names; two that are the same from now on are one."""
+    kept: dict[str, onnx.TensorProto] = {}
+    for tensor in graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+        kept.setdefault(tensor.name, tensor)
+    tensors = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept.values()]
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = names.get(name, name)
 
 
 def _data(tensor: onnx.TensorProto) -> bytes:

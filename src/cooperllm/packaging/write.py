@@ -29,7 +29,7 @@ from cooperllm.errors import ConfigError, PackageError
 from cooperllm.models import Model
 from cooperllm.packaging.quantise import quantise
 from cooperllm.packaging.trace import graphs_of
-from cooperllm.packaging.weights import multiplications, write_graphs
+from cooperllm.packaging.weights import fold_gathers, multiplications, write_graphs
 
 GOLDEN_TEXTS = ("A stirring film.", "It fell apart quickly, and nobody in the room was sorry.", "Fine")
 GOLDEN_SEED = 20_260
@@ -102,8 +102,9 @@ def _written(
     graphs, seen = graphs_of(model, torch.from_numpy(theta.copy()), batch, has_forward_mode=has_forward_mode)
     multiplied = multiplications(graphs[LOSSES])
     for graph in graphs.values():
+        fold_gathers(graph)
         quantise(graph, variant)
-    write_graphs(graphs, part, WEIGHTS)
+    weights = write_graphs(graphs, part, WEIGHTS)
     golden = Golden(
         texts=GOLDEN_TEXTS,
         token_ids=tuple(tuple(row.tolist()) for row in examples.token_ids),
@@ -136,6 +137,7 @@ def _written(
         ),
         graphs=tuple(graphs),
         files={file.name: _entry(file) for file in sorted(part.iterdir())},
+        weights=weights,
         golden=replace(golden, losses=tuple(losses)),
     )
     (part / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
