@@ -84,7 +84,7 @@ class ArmConfig:
     effective_rank: float = 500.0
     public_weight: float = 0.5
     feedback_blocks: int = 0
-    estimate_bits: int = 8
+    estimate_bits: int = 4
     map_examples: int = 0
     map_components: int = 48
     map_rank: int = 16
