@@ -63,7 +63,7 @@ class Package:
         self._num_threads = num_threads
         self._load = loader(settings.library)
         self._graphs: dict[str, Graph] = {}
-        self._weights = _mapped(path / WEIGHTS, manifest.weights)
+        self._weights: dict[str, np.ndarray] = {}
         self._tokenizer = _tokenizer(path / TOKENIZER)
 
     def run(self, graph: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -95,6 +95,8 @@ class Package:
             others: Graphs that stay.
         """
         self._graphs = {name: graph for name, graph in self._graphs.items() if name in others}
+        if not self._graphs:
+            self._weights = {}  # unmapped with the last graph that has some
 
     def encode(self, texts: Sequence[str], second_texts: Sequence[str] | None, labels: Sequence[int]) -> DeviceExamples:
         """Tokenises texts, cut at the package's number of tokens.
@@ -136,6 +138,9 @@ class Package:
     def _loaded(self, name: str) -> Graph:
         if not self.settings.keeps_graphs:
             self.release(*(FEEDBACK_GRAPHS if name in FEEDBACK_GRAPHS else ()))
+        # A runtime that packs its own copies is done with a mapping when it has made them, if the mapping is its own.
+        if not (self._weights or self.settings.packs_weights):
+            self._weights = _mapped(self.path / WEIGHTS, self.manifest.weights)
         self._graphs[name] = graph = self._load(self.path / f"{name}.onnx", self.settings, self._num_threads, self._weights)
         return graph
 
