@@ -162,7 +162,7 @@ def test_flowers_simulation_gives_the_numbers_of_the_reference(tmp_path):
 
 def test_batched_points_give_the_slopes_of_single_points(tmp_path):
     config = tiny(num_rounds=1)
-    config = replace(config, arm=replace(config.arm, estimate_bits=32))
+    config = replace(config, arm=replace(config.arm, estimate_bits=32, step_bits=32))
     single = cooperllm.run(config, tmp_path / "single")
     batched = cooperllm.run(replace(config, activation_mib=64.0), tmp_path / "batched")
     size = single.summary["num_parameters"]

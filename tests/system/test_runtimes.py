@@ -48,7 +48,7 @@ WORST_CORRELATION = {Variant.INT8: 0.9, Variant.INT8_WEIGHTS: 0.999, Variant.INT
 def tiny(runtime, arm=ArmName.FEEDBACK):
     """Estimates travel exactly: at 8 bits a last bit turns roundings over, and Adam makes whole steps of entries near zero."""
     config = replace(cooperllm.recipe("tiny").with_arm(arm), engine=EngineName.LOOPBACK, runtime=runtime)
-    return replace(config, arm=replace(config.arm, estimate_bits=32))
+    return replace(config, arm=replace(config.arm, estimate_bits=32, step_bits=32))
 
 
 @pytest.fixture(scope="module")

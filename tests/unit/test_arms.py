@@ -120,7 +120,7 @@ def combined(config, public, reports):
     """A round of the default arm, its step sent without loss but for the rounding of a quotient and a product."""
     num_random = len(reports.random_slopes[0].slopes) if reports.random_slopes else 0
     num_columns = len(public.span)
-    config = replace(config, name=ArmName.MEASURED, estimate_bits=32, queries=max(1, num_columns + num_random))
+    config = replace(config, name=ArmName.MEASURED, estimate_bits=32, step_bits=32, queries=max(1, num_columns + num_random))
     probes = MeasuredArm().probes(config, num_columns, len(public.basis))
     return MeasuredArm().combine(config, plan(probes), public, reports)
 
@@ -294,7 +294,7 @@ def test_the_default_step_is_sent_with_the_bits_of_its_setting(bits):
     size = 700
     span = span_of(2, size)
     reports = measured(span, gradient(size))
-    config = ArmConfig(estimate_bits=bits)
+    config = ArmConfig(step_bits=bits)
     found = MeasuredArm().combine(config, plan(MeasuredArm().probes(config, 2, 0)), public_of(span), reports)
     assert len(found.dense) == packed_bytes(1, size, bits)
     assert len(found.columns) == len(found.random_terms) == 0

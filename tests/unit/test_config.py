@@ -75,6 +75,7 @@ OUTSIDE = [
     (ArmConfig, {"most_held_rounds": -1}, "arm.most_held_rounds", "-1"),
     (ArmConfig, {"guide_bits": 16}, "arm.guide_bits", "16"),
     (ArmConfig, {"estimate_bits": 16}, "arm.estimate_bits", "16"),
+    (ArmConfig, {"step_bits": 3}, "arm.step_bits", "3"),
     (ArmConfig, {"basis_size": -1}, "arm.basis_size", "-1"),
     (ArmConfig, {"basis_size": 1001}, "arm.basis_size", "1001"),
     (ArmConfig, {"effective_rank": -1.0}, "arm.effective_rank", "-1.0"),

@@ -161,11 +161,11 @@ def test_estimates_agreements_and_energies_are_averaged_where_the_plan_asked_for
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 32])
-def test_a_mean_estimate_travels_with_the_bits_that_the_plan_asked_for(bits):
+def test_a_mean_travels_with_eight_bits_or_with_those_of_estimates_where_they_have_more(bits):
     _, (replica,) = history(0)
     asked = estimating(replica, bits)
     found = edge_of(0, range(4)).fold(asked, [estimate(0, asked)])
-    assert len(found.estimate) == packed_bytes(1, SIZE, bits)
+    assert len(found.estimate) == packed_bytes(1, SIZE, max(8, bits))
 
 
 @pytest.mark.parametrize(

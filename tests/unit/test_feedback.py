@@ -356,7 +356,7 @@ def test_maps_are_fitted_often_at_first_and_then_every_so_many_rounds(every, exp
 
 
 SIZE, BLOCKS = 64, ((4, 20), (20, 50))
-ARM = ArmConfig(name=ArmName.FEEDBACK, queries=8, estimate_bits=32, column_scale=0.25)
+ARM = ArmConfig(name=ArmName.FEEDBACK, queries=8, estimate_bits=32, step_bits=32, column_scale=0.25)
 
 
 def plan(*, blocks=BLOCKS, num_columns=0, num_random=0, maps=(), maps_version=3, cohort=(0, 1), bits=32):

@@ -62,5 +62,5 @@ class FeedbackArm(MeasuredArm):
         if plan.feedback.blocks:
             energy = float(measured.energy.sum())
             observed["gain"] = float(measured.energy @ gains) / energy if energy > 0 else 0.0
-        dense = pack_vector(direction, config.estimate_bits, plan.seed)
+        dense = pack_vector(direction, config.step_bits, plan.seed)
         return Coordinates(columns=np.zeros(0, np.float32), dense=dense, observed=observed)

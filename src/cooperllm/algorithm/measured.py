@@ -58,9 +58,7 @@ class MeasuredArm(Arm):
         """Applies eq. (4) without a prior."""
         nothing = np.zeros(public.span.shape[1], np.float32)
         direction, observed = corrected(config, plan, public, measured, nothing)
-        return Coordinates(
-            columns=np.zeros(0, np.float32), dense=pack_vector(direction, config.estimate_bits, plan.seed), observed=observed
-        )
+        return Coordinates(columns=np.zeros(0, np.float32), dense=pack_vector(direction, config.step_bits, plan.seed), observed=observed)
 
 
 def corrected(

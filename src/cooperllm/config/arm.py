@@ -53,7 +53,8 @@ class ArmConfig:
         public_weight: Measured arm: weight λ of the cloud's own gradient along the columns, in [0, 1]; 0 where public data lack a class.
         feedback_blocks: Feedback arm: blocks of layers below the last one whose estimate is measured, one query each, >= 0; fewer where
             the model has fewer. Without maps there is nothing to correct.
-        estimate_bits: Feedback arm: bits per entry of an estimate on the link: 1, 2, 4, 8 or 32.
+        estimate_bits: Feedback arm: bits per entry of what a device sends: 1, 2, 4, 8 or 32.
+        step_bits: Measured and feedback arm: bits per entry of the step that everyone replays: 1, 2, 4, 8 or 32.
         map_examples: Feedback arm: public texts that maps are fitted on, >= 8; 0 fits none, and the
             gradient is carried down from layer to layer.
         map_components: Feedback arm: principal components of a layer's output that maps may depend on, 1 to 128.
@@ -85,6 +86,7 @@ class ArmConfig:
     public_weight: float = 0.5
     feedback_blocks: int = 0
     estimate_bits: int = 4
+    step_bits: int = 4
     map_examples: int = 0
     map_components: int = 48
     map_rank: int = 16
@@ -118,7 +120,7 @@ class ArmConfig:
         )
         for name in (*counts, "seed_pool_size", "candidates", "warm_start_rounds"):
             check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
-        for name in ("guide_bits", "estimate_bits"):
+        for name in ("guide_bits", "estimate_bits", "step_bits"):
             check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), f"one of {SUPPORTED_BITS}")
         check(self.feedback_blocks >= 0, "arm.feedback_blocks", self.feedback_blocks, ">= 0")
         check(self.map_components <= MOST_MAP_COMPONENTS, "arm.map_components", self.map_components, f"<= {MOST_MAP_COMPONENTS}")

@@ -22,6 +22,9 @@ from cooperllm.messages import DeviceReport, EdgeReport, Grouping, Maps, Order, 
 EDGE_ROUNDING = 1 << 33
 """Noise indices from here on round what edges send; those below round what the device of that number sends."""
 
+BITS_OF_MEANS = 8
+"""Bits per entry of an edge's mean at least: its rounding has few others to average out against, and its link is no device's."""
+
 
 class Edge:
     """One edge and its devices.
@@ -99,7 +102,7 @@ class Edge:
         weights = [report.num_examples for report in usable]
         nothing = np.zeros(0, np.float32)
         estimates = [estimate for _, outcome, estimate in judged if outcome is Outcome.OK and estimate is not None]
-        bits = EXACT if plan.feedback is None else plan.feedback.bits
+        bits = EXACT if plan.feedback is None else max(plan.feedback.bits, BITS_OF_MEANS)
         return EdgeReport(
             edge_id=self.edge_id,
             round_index=plan.round_index,
