@@ -23,7 +23,7 @@ References:
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import pairwise
 from typing import overload
@@ -92,8 +92,7 @@ def pack(columns: Float32[np.ndarray, "k n"], bits: int, seed: int = 0, *, fewes
     if is_exact:
         return header + columns.astype("<f4").tobytes()
     sizes = _block_sizes(size)
-    starts = np.cumsum(sizes) - sizes
-    squares = [np.add.reduceat(column.astype(np.float64) ** 2, starts) for column in columns] if len(sizes) else []
+    squares = [np.add.reduceat(column.astype(np.float64) ** 2, _starts(sizes)) for column in columns] if len(sizes) else []
     energies = np.reshape(squares, (num_columns, len(sizes)))
     energies[energies < SMALLEST_ENERGY] = 0
     rates = allocate(energies, sizes, bits, fewest_bits)
@@ -215,14 +214,11 @@ class Rows(Sequence[np.ndarray]):
     def _decoded(self, coded: bytes, row: int) -> Float32[np.ndarray, "n"]:
         rates, sizes = self._rates[row], self._sizes
         column, data = np.zeros(sizes.sum(), np.float32), np.frombuffer(coded, np.uint8)
-        ends, starts = np.cumsum(sizes), np.cumsum(_coded_bytes(rates, sizes)) - _coded_bytes(rates, sizes)
-        signs = _signs(self._seed, row, sizes)
-        for size, rate in sorted({(int(size), int(rate)) for size, rate in zip(sizes, rates, strict=True) if rate}):
-            (blocks,) = np.nonzero((rates == rate) & (sizes == size))
-            bytes_of = data[starts[blocks][:, None] + np.arange(SCALE_BYTES + size * rate // 8)]
+        starts, signs = _starts(_coded_bytes(rates, sizes)), _signs(self._seed, row, sizes)
+        for rate, blocks, places in _alike(rates, sizes):
+            bytes_of = data[starts[blocks][:, None] + np.arange(SCALE_BYTES + places.shape[1] * rate // 8)]
             scales = np.ascontiguousarray(bytes_of[:, :SCALE_BYTES]).view("<f4").astype(np.float32)
             levels = (_from_bytes(bytes_of[:, SCALE_BYTES:], rate) - np.float32(2 ** (rate - 1) - 0.5)) * scales
-            places = (ends[blocks] - size)[:, None] + np.arange(size)
             column[places] = _transformed(levels) * signs[places]
         return column[: self._size]
 
@@ -325,6 +321,19 @@ def _coded_bytes(rates: np.ndarray, sizes: Int64[np.ndarray, "m"]) -> np.ndarray
     return np.where(rates > 0, SCALE_BYTES + sizes * rates // 8, 0)
 
 
+def _starts(lengths: Int64[np.ndarray, "m"]) -> Int64[np.ndarray, "m"]:
+    return np.cumsum(lengths) - lengths
+
+
+def _alike(
+    rates: Int64[np.ndarray, "m"], sizes: Int64[np.ndarray, "m"]
+) -> Iterator[tuple[int, Int64[np.ndarray, "_blocks"], Int64[np.ndarray, "_blocks _size"]]]:
+    """Yields blocks of one size and rate, which are worked on together: (bits, which blocks, places of their entries); none of no bits."""
+    for size, rate in sorted({(int(size), int(rate)) for size, rate in zip(sizes, rates, strict=True) if rate}):
+        (blocks,) = np.nonzero((rates == rate) & (sizes == size))
+        yield rate, blocks, _starts(sizes)[blocks][:, None] + np.arange(size)
+
+
 def _signs(seed: int, row: int, sizes: Int64[np.ndarray, "m"]) -> Float32[np.ndarray, "_padded"]:
     return noise.rademacher(seed, row, int(sizes.sum()))
 
@@ -350,12 +359,11 @@ def _coded(
     padded = np.zeros(len(signs), np.float32)
     padded[: len(column)] = column
     padded *= signs
-    ends, parts = np.cumsum(sizes), [b""] * len(sizes)
-    for size, rate in sorted({(int(size), int(rate)) for size, rate in zip(sizes, rates, strict=True) if rate}):
-        (blocks,) = np.nonzero((rates == rate) & (sizes == size))
-        rotated = _transformed(padded[(ends[blocks] - size)[:, None] + np.arange(size)]).astype(np.float64)
+    parts = [b""] * len(sizes)
+    for rate, blocks, places in _alike(rates, sizes):
+        rotated = _transformed(padded[places]).astype(np.float64)
         energies, half = (rotated**2).sum(axis=1), 2 ** (rate - 1)
-        steps = STEPS[rate] * np.sqrt(energies / size)
+        steps = STEPS[rate] * np.sqrt(energies / places.shape[1])
         codes = np.clip(np.floor(rotated / steps[:, None]), -half, half - 1)
         levels = codes + 0.5
         products = (rotated * levels).sum(axis=1)

@@ -28,8 +28,8 @@ PACKAGE_VERSION = 4
 
 MANIFEST, WEIGHTS, THETA, TOKENIZER = "manifest.json", "weights.bin", "theta_0.bin", "tokenizer.json"
 LOSSES, SLOPES, PREFIX, OBSERVE, PULL_BACK = "losses", "slopes", "prefix", "observe", "pull_back"
-"""Names of the graphs; `losses` is always there, `prefix` where layers below the first adapted one are frozen, `slopes` where each
-operation has a rule in `packaging.tangents`."""
+"""Names of the graphs; `losses` is always there, `prefix` where layers below the first adapted one are frozen, `slopes` where
+forward mode was asked for."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 32)]

@@ -5,7 +5,7 @@ They have the same names in every graph, by which a device hands one mapping to 
 
 import hashlib
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 import numpy as np
@@ -79,22 +79,16 @@ def fold_gathers(model: onnx.ModelProto) -> None:
     Args:
         model: A graph in float32; changed in place.
     """
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    kept: list[onnx.NodeProto] = []
-    for node in graph.node:
+
+    def rows(node: onnx.NodeProto, table: np.ndarray, places: np.ndarray) -> np.ndarray | None:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        if node.op_type not in {"Gather", "GatherND"} or attributes.get("batch_dims") or not set(node.input) <= set(constants):
-            kept.append(node)
-            continue
-        table, places = (numpy_helper.to_array(constants[name]) for name in node.input)
-        is_gather = node.op_type == "Gather"
-        rows = np.take(table, places, axis=attributes.get("axis", 0)) if is_gather else table[tuple(np.moveaxis(places, -1, 0))]
-        constants[node.output[0]] = graph.initializer.add()
-        constants[node.output[0]].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(rows), node.output[0]))
-    del graph.node[:]
-    graph.node.extend(kept)
-    drop_unused(graph)
+        if attributes.get("batch_dims"):
+            return None
+        return (
+            np.take(table, places, axis=attributes.get("axis", 0)) if node.op_type == "Gather" else table[tuple(np.moveaxis(places, -1, 0))]
+        )
+
+    _fold(model.graph, {"Gather", "GatherND"}, rows)
 
 
 def multiplications(model: onnx.ModelProto) -> int:
@@ -145,17 +139,25 @@ def _multiply_turned(model: onnx.ModelProto, straight: Set[bytes]) -> None:
 
 def _fold_transposes(graph: onnx.GraphProto) -> None:
     """Writes weights the way they are multiplied: a runtime that turns them round at load has a copy of its own of each."""
+
+    def turned(node: onnx.NodeProto, matrix: np.ndarray) -> np.ndarray:
+        return matrix.transpose(next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None))
+
+    _fold(graph, {"Transpose"}, turned)
+
+
+def _fold(graph: onnx.GraphProto, operators: Set[str], value: Callable[..., np.ndarray | None]) -> None:
+    """Replaces operations on nothing but constants by their values; an operation whose value is None stays."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     kept: list[onnx.NodeProto] = []
     for node in graph.node:
-        source = constants.get(node.input[0]) if node.op_type == "Transpose" else None
-        if source is None:
+        is_fixed = node.op_type in operators and all(name in constants for name in node.input)
+        found = value(node, *(numpy_helper.to_array(constants[name]) for name in node.input)) if is_fixed else None
+        if found is None:
             kept.append(node)
             continue
-        order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
-        turned = np.ascontiguousarray(numpy_helper.to_array(source).transpose(order))
         constants[node.output[0]] = graph.initializer.add()
-        constants[node.output[0]].CopyFrom(numpy_helper.from_array(turned, node.output[0]))
+        constants[node.output[0]].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(found), node.output[0]))
     del graph.node[:]
     graph.node.extend(kept)
     drop_unused(graph)
@@ -197,9 +199,8 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     for tensor in graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
         kept.setdefault(tensor.name, tensor)
-    tensors = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept.values()]
     del graph.initializer[:]
-    graph.initializer.extend(tensors)
+    graph.initializer.extend(kept.values())
     for node in graph.node:
         for place, name in enumerate(node.input):
             node.input[place] = names.get(name, name)
