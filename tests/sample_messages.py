@@ -54,6 +54,8 @@ def device_report(device_id, asked, **changes):
         loss=0.5,
         column_slopes=nothing,
         random_slopes=nothing,
+        column_deviation=0.0,
+        random_deviation=0.0,
         estimate=None,
         agreement=nothing,
         energy=nothing,

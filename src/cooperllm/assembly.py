@@ -222,7 +222,7 @@ def write_device_package(config: RunConfig, material: Material, target: Path, va
         label_names=names,
         variant=variant,
         seed=config.seed,
-        has_forward_mode=config.slope_method is SlopeMethod.FORWARD_MODE,
+        has_forward_mode=config.slope_method is not SlopeMethod.TWO_SIDED,
     )
     return package_bytes(manifest)
 

@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from cooperllm.config import SUPPORTED_BITS
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
@@ -30,6 +30,7 @@ Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 LARGEST_LOSS = 1e6
 Loss = Annotated[float, Meta(ge=-LARGEST_LOSS, le=LARGEST_LOSS)]
 """Bounded, so that no sender can make a mean overflow; a device with a larger one has no finite loss worth the name."""
+Deviation = Annotated[float, Meta(ge=0, le=LARGEST_LOSS)]
 
 
 class Outcome(Enum):
@@ -201,6 +202,7 @@ class Plan:
         local_training: The alternative to probes, or None.
         feedback: An estimate to make, beside the probes, or None.
         maps: What a receiver lacks of the maps that `feedback` names: whole maps, differences since, or nothing.
+        signal_to_noise: How many times its own rounding a two-point slope is to be: devices that round lengthen half-steps for it; >= 0.
     """
 
     round_index: Count
@@ -217,6 +219,7 @@ class Plan:
     local_training: LocalTraining | None = None
     feedback: Feedback | None = None
     maps: tuple[Maps, ...] = ()
+    signal_to_noise: Annotated[float, Meta(ge=0)] = 0.0
     format_version: int = FORMAT_VERSION
 
 
@@ -328,6 +331,8 @@ class DeviceReport:
             it is not finite.
         column_slopes: Slopes along the span's columns, shape [k].
         random_slopes: Slopes along random (or guided) directions, shape [P].
+        column_deviation: Standard deviation that each column slope owes to the device's rounding, 0 where there is none to speak of.
+        random_deviation: The same of each random slope.
         estimate: An estimate of the private gradient in full, packed, where the plan asked for one.
         agreement: <g, ê_b> of each block of that estimate, measured as slopes, shape [b].
         energy: |ê_b|² of each block, shape [b].
@@ -343,6 +348,8 @@ class DeviceReport:
     loss: Loss
     column_slopes: Float32[np.ndarray, "_k"]
     random_slopes: Float32[np.ndarray, "_P"]
+    column_deviation: Deviation
+    random_deviation: Deviation
     estimate: bytes | None
     agreement: Float32[np.ndarray, "_b"]
     energy: Float32[np.ndarray, "_b"]
@@ -355,7 +362,7 @@ class RandomSlopes:
 
     Attributes:
         group: Whose directions.
-        num_examples: Examples behind the slopes.
+        num_examples: Examples that the slopes are worth, `algorithm.aggregation`, eq. (3).
         slopes: Weighted mean over the group's devices, shape [P].
     """
 

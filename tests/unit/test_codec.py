@@ -153,7 +153,7 @@ def test_every_truncation_is_refused(message):
 @EVERY_KIND
 def test_every_field_without_a_default_must_be_there(message):
     plain = msgspec.msgpack.decode(encode(message))
-    optional = {"probes", "local_training", "feedback", "maps", "format_version", "kind"}
+    optional = {"probes", "local_training", "feedback", "maps", "signal_to_noise", "format_version", "kind"}
     for name in plain.keys() - optional:
         refuses(damaged(message, **{name: ...}), type(message))
 

@@ -281,3 +281,19 @@ def test_devices_of_one_group_are_folded_into_one_entry():
     asked = plan(replica, probes=replace(PROBES, grouping=Grouping.EDGE))
     (group,) = edge_of(4, range(4)).fold(asked, [answer(0, asked, num_examples=1), answer(3, asked, num_examples=2)]).random_slopes
     assert (group.group, group.num_examples, group.slopes.tolist()) == (4, 3, [2, -1])
+
+
+def test_slopes_that_a_device_says_are_mostly_rounding_move_the_mean_little():
+    """Two devices of four examples: worth 4, and 1 of them where the rounding's square is a hundred times the signal's."""
+    _, replicas = history(0)
+    asked, edge = plan(replicas[0]), Edge(0, [0, 1], SIZE)
+    sound = answer(0, asked, column_slopes=np.array([1, 1], np.float32), random_slopes=np.array([1, 1], np.float32))
+    drowned = answer(
+        1, asked, column_slopes=np.array([9, 9], np.float32), random_slopes=np.array([9, 9], np.float32), column_deviation=90.0
+    )
+    folded = edge.fold(asked, [sound, drowned])
+    np.testing.assert_allclose(folded.column_slopes, (4 * 1 + 1 * 9) / 5)
+    assert [entry.num_examples for entry in folded.random_slopes] == [4, 4]
+    assert folded.num_examples == 8
+    drowned = replace(drowned, random_deviation=90.0)
+    assert [entry.num_examples for entry in edge.fold(asked, [sound, drowned]).random_slopes] == [4, 1]

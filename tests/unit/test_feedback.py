@@ -18,6 +18,7 @@ from cooperllm.algorithm.feedback import Moments
 from cooperllm.algorithm.feedback_arm import FeedbackArm
 from cooperllm.algorithm.guidance import digest, orthonormalise, random_directions
 from cooperllm.algorithm.maps import DecodedMaps, Fitted, LayerMaps, pack_factors, pack_rows
+from cooperllm.algorithm.rounding import NO_ROUNDING
 from cooperllm.config import ArmConfig, ArmName, OptimizerConfig, SlopeMethod, passes_of_estimates, queries_of_estimates
 from cooperllm.device.host import Host
 from cooperllm.device.probe import choose_batch, run_device
@@ -469,6 +470,9 @@ class Bowl:
     num_examples = 4
     map_shape = (1, 4)
 
+    def rounding(self):
+        return NO_ROUNDING
+
     def evaluate(self, chosen):
         return lambda points: np.square(points.astype(np.float64)).sum(axis=1).astype(np.float32) / 2, 1
 
@@ -500,7 +504,9 @@ def test_forward_mode_rectifies_an_estimate_as_two_point_slopes_do_for_one_pass_
     asked, replica = plan(maps_version=-1)
     asked = replace(asked, batch_size=1, guide_hash=digest(np.zeros((0, SIZE), np.float32)))
     order = Order(device_id=0, group=0, plan=asked, updates=(), snapshot=None)
-    two_sided, exact = (run_device(order, replica, Bowl(), None, None, method) for method in SlopeMethod)
+    two_sided, exact = (
+        run_device(order, replica, Bowl(), None, None, method) for method in (SlopeMethod.TWO_SIDED, SlopeMethod.FORWARD_MODE)
+    )
     # A bowl is quadratic: differences are exact up to float32 losses near |θ|²/2, divided by 2μ.
     np.testing.assert_allclose(exact.agreement, two_sided.agreement, rtol=1e-2)
     np.testing.assert_allclose(exact.energy, two_sided.energy, rtol=0)

@@ -2,6 +2,7 @@
 
     mean = Σ_i w_i x_i / Σ_i w_i                                           (1)
     var  = ( Σ_i w_i x_i² / Σ_i w_i - mean² ) / (1 - 1/D)                   (2)  spread between D senders
+    w_i  = n_i s² / (s² + ν_i²),   s² = Σ_i n_i (x̄_i² - ν_i²) / Σ_i n_i       (3)  examples that slopes with rounding ν_i are worth
 
 Senders are added in the order given, in double precision; whoever folds sorts them first, so that the order of arrival cannot change a bit.
 
@@ -53,6 +54,30 @@ def weighted_number(values: Sequence[float], weights: Sequence[int]) -> float:
         2.0
     """
     return math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / max(sum(weights), 1)
+
+
+def worth(num_examples: Sequence[int], deviations: Sequence[float], slopes: Sequence[Float32[np.ndarray, "k"]]) -> list[int]:
+    """Says how many examples the slopes of each sender are worth beside those of the others, eq. (3).
+
+    Args:
+        num_examples: Examples n_i of each sender, all > 0.
+        deviations: Standard deviation ν_i that each sender's slopes owe to its rounding, >= 0.
+        slopes: Slopes of each sender, shape [k], all finite.
+
+    Returns:
+        Weights w_i, at least 1 each; n_i itself where nobody rounds.
+
+    Example:
+        >>> steep = np.array([2.0], np.float32)
+        >>> worth([16, 16], [0.0, 1.0], [steep, steep])
+        [16, 12]
+    """
+    if not any(deviations):
+        return list(num_examples)
+    squares = [float((values.astype(np.float64) ** 2).mean()) if len(values) else 0.0 for values in slopes]
+    signal = max(0.0, weighted_number([square - nu**2 for square, nu in zip(squares, deviations, strict=True)], num_examples))
+    shares = [signal / (signal + nu**2) if nu else 1.0 for nu in deviations]
+    return [max(1, round(share * number)) for share, number in zip(shares, num_examples, strict=True)]
 
 
 def variance_between(

@@ -130,6 +130,7 @@ class Cloud:
             local_training=local_training,
             feedback=asked,
             maps=new_maps,
+            signal_to_noise=config.arm.signal_to_noise,
         )
         return Prepared(plan=plan, public=Public(span=span, basis=basis, predicted=predicted), public_loss=public_loss)
 

@@ -46,6 +46,8 @@ class ArmConfig:
         queries: Two-point queries per device and round, >= 1, for every zeroth-order arm.
         column_scale: Half-step μ along a unit direction, > 0.
         random_scale: Half-step μ along a standard normal direction, > 0.
+        signal_to_noise: How many times its own rounding a two-point slope is to be, >= 0: devices with rounded weights or activations
+            take longer half-steps for it; 0 leaves half-steps as they are.
         guide_bits: Bits per entry of packed columns and of the bases of maps: 1, 2, 4, 8 or 32.
         public_batch_size: Public examples per round, >= 1.
         basis_size: Measured arm: public examples whose gradients random probes are mixed from, 0 to 1000; 0 leaves them isotropic.
@@ -79,6 +81,7 @@ class ArmConfig:
     queries: int = 5
     column_scale: float = 0.03
     random_scale: float = 1e-3
+    signal_to_noise: float = 7.0
     guide_bits: int = 4
     public_batch_size: int = 64
     basis_size: int = 64
@@ -137,6 +140,7 @@ class ArmConfig:
         check(self.effective_rank >= 0, "arm.effective_rank", self.effective_rank, ">= 0")
         check(0 <= self.basis_size <= 1000, "arm.basis_size", self.basis_size, "0 to 1000")
         check(0 <= self.public_weight <= 1, "arm.public_weight", self.public_weight, "in [0, 1]")
+        check(0 <= self.signal_to_noise < math.inf, "arm.signal_to_noise", self.signal_to_noise, ">= 0")
         check(0 < self.blend <= 1, "arm.blend", self.blend, "in (0, 1]")
 
 

@@ -48,10 +48,14 @@ class RuntimeName(Enum):
 
 
 class SlopeMethod(Enum):
-    """How a device measures slopes: differences of two losses, or derivatives in forward mode, `algorithm.zeroth_order`."""
+    """How a device measures slopes: differences of two losses, or derivatives in forward mode, `algorithm.zeroth_order`.
+
+    NOISE_AWARE takes differences where some half-step outgrows the device's rounding, `algorithm.rounding`, and forward mode elsewhere.
+    """
 
     TWO_SIDED = "two-sided"
     FORWARD_MODE = "forward-mode"
+    NOISE_AWARE = "noise-aware"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

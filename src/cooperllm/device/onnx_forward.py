@@ -20,12 +20,16 @@ from jaxtyping import Float32, Int64
 from cooperllm.algorithm import feedback, noise
 from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
+from cooperllm.algorithm.rounding import Rounding, rounding_of
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES, Golden
 from cooperllm.device.package import DeviceExamples, Package, read_package
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE
 from cooperllm.device.settings import Settings
 from cooperllm.errors import ConfigError, PackageError
+
+ROUNDING_DIRECTIONS = 8
+"""Directions along which rounding is measured: 80 forward passes over the golden texts, once for a package and a machine."""
 
 
 class OnnxForward:
@@ -51,6 +55,12 @@ class OnnxForward:
     def num_examples(self) -> int:
         """Private examples at hand."""
         return len(self.shard)
+
+    def rounding(self) -> Rounding:
+        """How this machine rounds the losses of this package, from its golden texts: the same whenever a device joins."""
+        if self._package.rounding is None:
+            self._package.rounding = _rounding(self._package)
+        return self._package.rounding
 
     def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:
         """Returns a batch's loss as a function of points, with the number of points that fit the memory budget, one without."""
@@ -211,6 +221,15 @@ def open_package(path: Path | str, settings: Settings | None = None, *, num_thre
         )
     package.open_states()  # only now: states from a disk would pass over the prefix, which is to be checked, too
     return package
+
+
+def _rounding(package: Package) -> Rounding:
+    golden = package.manifest.golden
+    examples = package.encode(golden.texts, None, golden.labels)
+    device, chosen = OnnxForward(package, examples, range(len(examples)), None), range(len(examples))
+    first = len(golden.scales)  # directions that no golden point lies along
+    directions = [noise.gaussian(golden.seed, first + number, len(package.theta)) for number in range(ROUNDING_DIRECTIONS)]
+    return rounding_of(device.evaluate(chosen)[0], golden_points(package.theta, golden)[-1], directions, len(examples))
 
 
 def golden_points(theta: Float32[np.ndarray, "n"], golden: Golden) -> Float32[np.ndarray, "P n"]:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 from tokenizers import Tokenizer
 
+from cooperllm.algorithm.rounding import Rounding
 from cooperllm.config import Objective, Variant
 from cooperllm.device.graphs import Graph, loader
 from cooperllm.device.manifest import MANIFEST, OBSERVE, PACKAGE_VERSION, PULL_BACK, THETA, TOKENIZER, WEIGHTS, Manifest, WeightEntry
@@ -51,6 +52,7 @@ class Package:
         theta: θ_0 of the package's seed.
         settings: How memory is spent.
         states: What the prefix has made of texts.
+        rounding: How this machine rounds its losses; None until somebody has measured.
     """
 
     def __init__(self, path: Path, manifest: Manifest, digest: str, settings: Settings, num_threads: int) -> None:
@@ -59,6 +61,7 @@ class Package:
         self.theta = np.fromfile(path / THETA, "<f4").astype(np.float32, copy=False)
         self.settings = settings
         self.states: States = StatesInMemory()
+        self.rounding: Rounding | None = None
         self._digest = digest
         self._num_threads = num_threads
         self._load = loader(settings.library)

@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm import feedback, guidance, noise, replay, zeroth_order
+from cooperllm.algorithm import feedback, guidance, noise, replay, rounding, zeroth_order
 from cooperllm.algorithm.compression import EXACT, pack_unbiased
 from cooperllm.algorithm.guidance import random_directions
 from cooperllm.algorithm.maps import DecodedMaps
@@ -68,11 +68,14 @@ def run_device(
         raise ProtocolError(f"round {plan.round_index}: the plan asks for back-propagation, device {order.device_id} only runs forward")
     nothing = np.zeros(0, np.float32)
     column_slopes, random_slopes, agreement, energy, estimate = nothing, nothing, nothing, nothing, None
+    column_deviation = random_deviation = 0.0
     chosen = choose_batch(plan, order.device_id, runtime.num_examples, 0)
-    num_examples, bits, meter = len(chosen), EXACT, _Meter(runtime, chosen, replica.theta, slope_method)
+    num_examples, bits, meter = len(chosen), EXACT, _Meter(plan, runtime, chosen, replica.theta, slope_method)
     forward_passes, losses = 0, meter.losses
     if plan.probes is not None:
         column_slopes, random_slopes = _probe(order, plan.probes, columns, basis, replica, meter)
+        column_deviation = meter.deviation(column_slopes, plan.probes.column_scale)
+        random_deviation = meter.deviation(random_slopes, plan.probes.random_scale)
     if plan.feedback is not None:
         estimate, first, num_examples, loss = _estimate(order, plan.feedback, replica, runtime, _known_maps(plan, plan.feedback, maps))
         agreement, energy = _rectify(first, plan.feedback, meter)
@@ -95,6 +98,8 @@ def run_device(
         loss=mean_loss if is_finite else 0.0,
         column_slopes=column_slopes,
         random_slopes=random_slopes,
+        column_deviation=column_deviation,
+        random_deviation=random_deviation,
         estimate=pack_unbiased(estimate, bits, plan.seed, order.device_id) if is_finite and estimate is not None else None,
         agreement=agreement,
         energy=energy,
@@ -168,28 +173,50 @@ def _known_maps(plan: Plan, asked: Feedback, maps: DecodedMaps | None) -> Decode
 
 
 class _Meter:
-    """Slopes on one batch, by either method.
+    """Slopes on one batch, by the method that was ordered or by the one that rounding leaves.
 
     Attributes:
         losses: Every loss that was taken.
         forward_passes: Those that were run: one for each point, and in forward mode one for each direction and each pass's own point.
     """
 
-    def __init__(self, runtime: Runtime, chosen: list[int], theta: Float32[np.ndarray, "n"], method: SlopeMethod) -> None:
+    def __init__(self, plan: Plan, runtime: Runtime, chosen: list[int], theta: Float32[np.ndarray, "n"], method: SlopeMethod) -> None:
         self.losses: list[float] = []
         self.forward_passes = 0
+        self._signal_to_noise = plan.signal_to_noise
         self._runtime, self._chosen, self._theta, self._method = runtime, chosen, theta, method
 
     def slopes(self, *asked: tuple[Iterable[Float32[np.ndarray, "n"]], int, float]) -> list[Float32[np.ndarray, "_P"]]:
         """Measures slopes along several sets of directions, each with their number and the μ of two-point slopes."""
-        if self._method is SlopeMethod.TWO_SIDED:
+        if not self._differentiates([scale for _, number, scale in asked if number]):
             evaluate, most = self._runtime.evaluate(self._chosen)
             noted = partial(self._evaluated, evaluate)
-            return [zeroth_order.slopes(noted, self._theta, directions, scale, points_per_pass=most) for directions, _, scale in asked]
+            return [
+                zeroth_order.slopes(noted, self._theta, directions, self._half_step(scale) if number else scale, points_per_pass=most)
+                for directions, number, scale in asked
+            ]
         differentiate, most = self._runtime.differentiate(self._chosen)
         noted, everything = partial(self._differentiated, differentiate), chain.from_iterable(directions for directions, _, _ in asked)
         found = zeroth_order.derivatives(noted, self._theta, everything, directions_per_pass=most)
         return np.split(found, np.cumsum([number for _, number, _ in asked])[:-1])
+
+    def deviation(self, slopes: Float32[np.ndarray, "k"], scale: float) -> float:
+        """Standard deviation that slopes of a plan's μ owe to rounding, as far as the plan cares for it."""
+        if not len(slopes) or self._signal_to_noise == 0 or self._differentiates([scale]):
+            return 0.0
+        found = rounding.slope_deviation(self._runtime.rounding(), self._half_step(scale), len(self._chosen))
+        return min(found, LARGEST_LOSS) if math.isfinite(found) else LARGEST_LOSS
+
+    def _half_step(self, scale: float) -> float:
+        quotient = self._signal_to_noise
+        return scale if quotient == 0 else rounding.half_step(self._runtime.rounding(), scale, quotient)
+
+    def _differentiates(self, scales: Sequence[float]) -> bool:
+        """Whether slopes come from forward mode: by order, or where no half-step that is allowed is long enough."""
+        if self._method is not SlopeMethod.NOISE_AWARE or self._signal_to_noise == 0:
+            return self._method is SlopeMethod.FORWARD_MODE
+        least = rounding.least_half_step(self._runtime.rounding(), self._signal_to_noise)
+        return any(self._half_step(scale) < least for scale in scales)
 
     def _evaluated(self, evaluate: Evaluate, points: Float32[np.ndarray, "P n"]) -> Float32[np.ndarray, "P"]:
         found = evaluate(points)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm.maps import DecodedMaps
+from cooperllm.algorithm.rounding import Rounding
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 
 GRAPH_SHARE = 2
@@ -28,6 +29,10 @@ class Runtime(Protocol):
     @property
     def map_shape(self) -> tuple[int, int]:
         """(layers that feedback maps are for, their width D)."""
+        ...
+
+    def rounding(self) -> Rounding:
+        """How losses are rounded; the same for every batch, at most measured once."""
         ...
 
     def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:

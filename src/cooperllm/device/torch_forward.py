@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cooperllm.algorithm import feedback
 from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
+from cooperllm.algorithm.rounding import NO_ROUNDING, Rounding
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 from cooperllm.config import AdapterKind, ModelConfig
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE
@@ -66,6 +67,10 @@ class TorchForward:
     def num_examples(self) -> int:
         """Private examples at hand."""
         return len(self.shard)
+
+    def rounding(self) -> Rounding:
+        """Float32 has none to speak of."""
+        return NO_ROUNDING
 
     def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:
         """Pads a batch once and returns its loss as a function of points, with the number of points that fit the memory budget."""

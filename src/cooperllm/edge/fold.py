@@ -1,7 +1,7 @@
 """Room 2, the edge: fan a plan out, fold reports in.
 
-column slopes    weighted mean and mean square over the edge's devices
-random slopes    weighted mean over the devices of a group, one entry per group
+column slopes    weighted mean and mean square over the edge's devices, less of those whose rounding drowns them
+random slopes    weighted mean over the devices of a group, one entry per group, in the same way
 estimates        weighted mean over the edge's devices, rounded without bias: only a sum leaves the edge
 """
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm.aggregation import merged, weighted_mean, weighted_number
+from cooperllm.algorithm.aggregation import merged, weighted_mean, weighted_number, worth
 from cooperllm.algorithm.compression import EXACT, LARGEST_TO_FOLD, pack_unbiased, unpack_vector
 from cooperllm.algorithm.maps import joined, missing
 from cooperllm.algorithm.replay import Replica
@@ -100,6 +100,8 @@ class Edge:
         dropped = Counter(outcome for _, outcome, _ in judged if outcome is not Outcome.OK)
         dropped[Outcome.LOST] += lost
         weights = [report.num_examples for report in usable]
+        of_columns = worth(weights, [r.column_deviation for r in usable], [r.column_slopes for r in usable])
+        of_random = worth(weights, [r.random_deviation for r in usable], [r.random_slopes for r in usable])
         nothing = np.zeros(0, np.float32)
         estimates = [estimate for _, outcome, estimate in judged if outcome is Outcome.OK and estimate is not None]
         bits = EXACT if plan.feedback is None else max(plan.feedback.bits, BITS_OF_MEANS)
@@ -110,18 +112,18 @@ class Edge:
             num_examples=sum(weights),
             dropped={outcome: count for outcome, count in dropped.items() if count},
             loss=weighted_number([r.loss for r in usable], weights),
-            column_slopes=weighted_mean([r.column_slopes for r in usable], weights) if usable else nothing,
-            column_squares=weighted_mean([r.column_slopes**2 for r in usable], weights) if usable else nothing,
-            random_slopes=merged([self._random_slopes(plan, report) for report in usable if len(report.random_slopes)]),
+            column_slopes=weighted_mean([r.column_slopes for r in usable], of_columns) if usable else nothing,
+            column_squares=weighted_mean([r.column_slopes**2 for r in usable], of_columns) if usable else nothing,
+            random_slopes=merged([
+                RandomSlopes(group=group_of(plan, self.edge_id, report.device_id), num_examples=examples, slopes=report.random_slopes)
+                for report, examples in zip(usable, of_random, strict=True)
+                if len(report.random_slopes)
+            ]),
             estimate=pack_unbiased(weighted_mean(estimates, weights), bits, plan.seed, EDGE_ROUNDING | self.edge_id) if estimates else None,
             agreement=weighted_mean([r.agreement for r in usable], weights) if usable else nothing,
             energy=weighted_mean([r.energy for r in usable], weights) if usable else nothing,
             forward_passes=max((report.forward_passes for report in reports), default=0),
         )
-
-    def _random_slopes(self, plan: Plan, report: DeviceReport) -> RandomSlopes:
-        group = group_of(plan, self.edge_id, report.device_id)
-        return RandomSlopes(group=group, num_examples=report.num_examples, slopes=report.random_slopes)
 
     def _order(self, device_id: int, plan: Plan, replica: Replica) -> Order:
         missed = slice(self._versions[device_id], plan.model_version)
