@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmark import ROWS
 
-from cooperllm.session import rounds_to
 from cooperllm.study import mean_of_last
+from cooperllm.summary import rounds_to
 
 UNGUIDED = {
     "sst2": "sentiment-shift-unguided",

@@ -27,6 +27,7 @@ from cooperllm.link.loopback import Loopback
 from cooperllm.process_memory import footprint
 from cooperllm.round import run_round
 from cooperllm.run_directory import RunDirectory
+from cooperllm.tiers import LocalEdges
 
 ROWS = ("inference", "measured", "feedback", "mezo-fl", "fedavg-bp", "fedavg-bp-checkpointed")
 
@@ -82,7 +83,7 @@ def prepare(assembly: Assembly, order: Path) -> None:
     """The cloud's part, in another process: after two rounds momentum, basis and maps exist; writes a device's third order."""
     cloud, edges, link = assembly.cloud(), assembly.edges(), Loopback(assembly.devices())
     for _ in range(2):
-        run_round(cloud, edges, link)
+        run_round(cloud, LocalEdges(edges, link))
     plan = cloud.plan().plan
     first = next(found for edge in assembly.edges() for found in edge.fan_out(replace(plan, cohort=(0,), maps=cloud.maps()), cloud.replica))
     order.write_bytes(encode(replace(first, updates=(), snapshot=cloud.replica.snapshot())))

@@ -24,8 +24,9 @@ from cooperllm.config import ArmName, RunConfig, from_plain
 from cooperllm.desk import DIVERGED, Desk, Teller, outcome, scores
 from cooperllm.errors import ConfigError, CooperLLMError, RunDirectoryError
 from cooperllm.run_directory import RunDirectory, refuse_taken
-from cooperllm.session import Observer, Run, arm_summary, reported
+from cooperllm.session import Observer, Run, reported
 from cooperllm.study import Job, Study
+from cooperllm.summary import arm_summary
 from cooperllm.wall_clock import DEFAULT_CLOCK, DeviceClock
 
 

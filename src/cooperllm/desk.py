@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from cooperllm.config import RunConfig
 from cooperllm.run_directory import RunDirectory
-from cooperllm.session import Observer, arm_summary
+from cooperllm.session import Observer
 from cooperllm.study import Job, Study, mean_of_last
+from cooperllm.summary import arm_summary
 
 DIVERGED = "diverged.json"
 

@@ -2,6 +2,8 @@
 
     cloud --Plan--> edge --Order--> device --DeviceReport--> edge --EdgeReport--> cloud,  and an Update closes the round.
 
+Between processes the plan travels in an EdgeOrder, with what the edge has missed, and the report in an EdgeAnswer, with what it cost.
+
 Dimension key: k columns of the span, P random probes of one device, n trainable parameters. The underscore in "_k" says that one message
 may hold arrays of different k.
 
@@ -40,6 +42,7 @@ class Outcome(Enum):
     NON_FINITE_LOSS = "non-finite loss"
     LOST = "lost"
     MISMATCH = "answers another plan"
+    BEHIND = "does not reach the plan's version"
 
 
 class StepKind(Enum):
@@ -404,3 +407,43 @@ class EdgeReport:
     agreement: Float32[np.ndarray, "_b"]
     energy: Float32[np.ndarray, "_b"]
     forward_passes: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeOrder:
+    """Cloud to an edge in a process of its own: the plan and what the edge needs to reach its version.
+
+    Attributes:
+        edge_id: Addressee.
+        plan: The round.
+        updates: Updates the edge has missed, oldest first.
+        snapshot: Whole state instead of updates, or None.
+    """
+
+    edge_id: Count
+    plan: Plan
+    updates: tuple[Update, ...]
+    snapshot: Snapshot | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeAnswer:
+    """Edge in a process of its own to the cloud.
+
+    Attributes:
+        edge_id: Sender.
+        model_version: Version of the edge's state, which need not be the plan's; -1 without one.
+        report: Its devices' numbers; None where it cannot reach the plan's version.
+        answered: Devices that sent a report of this version.
+        forward_passes: Forward passes of one batch, all devices together.
+        bytes_down: Bytes to devices.
+        bytes_up: Bytes from devices.
+    """
+
+    edge_id: Count
+    model_version: Annotated[int, Meta(ge=-1, le=1 << 32)]
+    report: EdgeReport | None
+    answered: tuple[Count, ...]
+    forward_passes: Count
+    bytes_down: Annotated[int, Meta(ge=0)]
+    bytes_up: Annotated[int, Meta(ge=0)]

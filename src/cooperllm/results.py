@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from cooperllm.config import RunConfig
 from cooperllm.report.page import LEADS
-from cooperllm.session import modelled_seconds, rounds_to
 from cooperllm.study import LAST, Job, Tuning, mean_of_last
+from cooperllm.summary import modelled_seconds, rounds_to
 from cooperllm.wall_clock import DeviceClock
 
 METHOD = (*LEADS, "paper")

@@ -10,15 +10,11 @@ The rooms know nothing of the link; the link knows nothing of the rooms. Every e
 the loopback link.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cooperllm.cloud import Closed, Cloud, Prepared
 from cooperllm.config import queries_of_estimates
-from cooperllm.edge import Edge
-from cooperllm.link.base import Link
-from cooperllm.link.codec import decode, encode
-from cooperllm.messages import EdgeReport, Plan
+from cooperllm.tiers import Tiers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +42,12 @@ class RoundResult:
     bytes_between: int
 
 
-def run_round(cloud: Cloud, edges: Sequence[Edge], link: Link) -> RoundResult:
+def run_round(cloud: Cloud, tiers: Tiers) -> RoundResult:
     """Runs one round over all tiers.
 
     Args:
         cloud: Owner of θ; moves to the next version.
-        edges: Every edge; they remember the update.
-        link: How orders reach devices.
+        tiers: Edges and devices, `tiers.py`; they remember the update.
 
     Returns:
         The round's result.
@@ -62,31 +57,18 @@ def run_round(cloud: Cloud, edges: Sequence[Edge], link: Link) -> RoundResult:
     """
     replica = cloud.replica
     prepared = cloud.plan()
-    packed_plan = encode(prepared.plan)
-    plan = decode(packed_plan, Plan)  # what an edge sees: the same bytes for all of them
-
-    orders = {edge.edge_id: edge.fan_out(plan, replica) for edge in edges}
-    exchange = link.exchange([order for edge_orders in orders.values() for order in edge_orders])
-    by_device = {report.device_id: report for report in exchange.reports}
-    folded: list[bytes] = []
-    for edge in edges:
-        asked = [order.device_id for order in orders[edge.edge_id]]
-        answered = [by_device[device_id] for device_id in asked if device_id in by_device]
-        folded.append(encode(edge.fold(plan, answered, lost=len(asked) - len(answered))))
-
-    closed = cloud.close(prepared, [decode(report, EdgeReport) for report in folded])
-    packed_update = encode(closed.update)
-    for edge in edges:
-        edge.remember(closed.update, len(packed_update))
+    answers = tiers.ask(prepared.plan, replica)
+    closed = cloud.close(prepared, answers.reports)
+    update_bytes = tiers.remember(closed.update)
     return RoundResult(
         closed=closed,
         public_loss=prepared.public_loss,
-        forward_passes=sum(report.forward_passes for report in exchange.reports),
+        forward_passes=answers.forward_passes,
         queries=_queries(prepared),
-        answered=tuple(sorted(r.device_id for r in exchange.reports if r.model_version == plan.model_version)),
-        bytes_down=exchange.bytes_down,
-        bytes_up=exchange.bytes_up,
-        bytes_between=len(edges) * (len(packed_plan) + len(packed_update)) + sum(map(len, folded)),
+        answered=answers.answered,
+        bytes_down=answers.bytes_down,
+        bytes_up=answers.bytes_up,
+        bytes_between=answers.bytes_between + update_bytes,
     )
 
 

@@ -31,6 +31,7 @@ from cooperllm.config import RunConfig, from_plain, to_plain
 from cooperllm.errors import ConfigError, DecodeError, RunDirectoryError
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import FORMAT_VERSION, Digest, Maps, Snapshot, Update
+from cooperllm.whole_file import write_whole
 
 MAGIC = b"CoopLog1"
 RECORD = struct.Struct("<II")
@@ -204,13 +205,8 @@ class RunDirectory:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes a file in one step: readers see the old or the new one, never a part."""
-        temporary = self.path / f"{name}.partial"
         with _writing(self.path):
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
+            write_whole(self.path / name, data)
 
     def _append(self, name: str, data: bytes) -> None:
         with _writing(self.path), (self.path / name).open("ab") as file:

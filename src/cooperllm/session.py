@@ -1,6 +1,7 @@
 """A run from beginning to end: rounds, evaluation, files. Several of them side by side are a comparison, see `comparison.py`."""
 
 import datetime
+import logging
 import os
 import platform
 import time
@@ -16,24 +17,25 @@ import torch
 
 from cooperllm import report
 from cooperllm.algorithm import replay
-from cooperllm.algorithm.baselines import arm
 from cooperllm.assembly import Assembly, Material, assemble, make_devices
 from cooperllm.cloud import Cloud
 from cooperllm.config import EngineName, RunConfig, to_plain
 from cooperllm.edge import Edge
-from cooperllm.errors import RunDirectoryError
+from cooperllm.errors import QuorumError, RunDirectoryError
 from cooperllm.link import flower
 from cooperllm.link.base import Link
 from cooperllm.link.codec import encode
 from cooperllm.link.loopback import Loopback
-from cooperllm.messages import FORMAT_VERSION, StepKind, Update
+from cooperllm.messages import FORMAT_VERSION, Update
 from cooperllm.models import Examples, Model
 from cooperllm.round import RoundResult, run_round
 from cooperllm.run_directory import Checkpoint, RunDirectory, config_hash
-from cooperllm.wall_clock import DEFAULT_CLOCK, DeviceClock, round_seconds
+from cooperllm.summary import arm_summary
+from cooperllm.tiers import LocalEdges, Tiers
+from cooperllm.wall_clock import DEFAULT_CLOCK
 
-LEVELS = tuple(round(0.05 * step, 2) for step in range(4, 20))
 EVALUATION_BATCH = 50
+_log = logging.getLogger(__name__)
 
 Observer = Callable[[RunConfig, Mapping[str, Any]], None]
 """Called with the figures of each round as it ends; progress bars live there."""
@@ -112,6 +114,35 @@ def export(directory: Path | str, target: Path | str) -> Path:
     return Path(target)
 
 
+def deployed(directory: Path | str, tiers: Tiers, observe: Observer | None = None, *, wait_s: float = 5.0) -> Run:
+    """Continues a run whose edges and devices are elsewhere, from its first round or from where it stopped.
+
+    A round without a quorum is no end here: devices come and go, and it is asked again until enough of them answer.
+
+    Args:
+        directory: A run directory.
+        tiers: The edges.
+        observe: Called after every round.
+        wait_s: Seconds before a round that found no quorum is asked again, >= 0.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        RunDirectoryError: If the directory is missing or damaged; nothing in it is overwritten.
+    """
+    files = RunDirectory(Path(directory))
+    assembly = assemble(files)
+    with files.locked():
+        updates = files.repair()
+        if len(updates) < assembly.config.num_rounds:
+            cloud = _restored(files, assembly, updates, [])
+            for update in updates:
+                tiers.remember(update)
+            _train(files, assembly, len(updates), observe, cloud, tiers, wait_s)
+        return _finished(files, assembly, draws=True)
+
+
 def _continued(files: RunDirectory, material: Material | None, observe: Observer | None, *, draws: bool = True) -> Run:
     assembly = assemble(files, material)
     config = assembly.config
@@ -119,7 +150,7 @@ def _continued(files: RunDirectory, material: Material | None, observe: Observer
         updates = files.repair()
         if len(updates) < config.num_rounds:
             assembly.package()
-            _carried_by(config, assembly, partial(_train, files, assembly, updates, observe))
+            _carried_by(config, assembly, partial(_simulated, files, assembly, updates, observe))
         return _finished(files, assembly, draws=draws)
 
 
@@ -134,14 +165,26 @@ def _carried_by(config: RunConfig, assembly: Assembly, drive: Callable[[Link], N
         flower.run_in_simulation(partial(make_devices, assembly.directory.path.resolve()), count, drive, num_cpus=1)
 
 
-def _train(files: RunDirectory, assembly: Assembly, updates: Sequence[Update], observe: Observer | None, link: Link) -> None:
-    config = assembly.config
+def _simulated(files: RunDirectory, assembly: Assembly, updates: Sequence[Update], observe: Observer | None, link: Link) -> None:
     edges = assembly.edges()
     cloud = _restored(files, assembly, updates, edges)
-    for round_number in range(len(updates) + 1, config.num_rounds + 1):
+    _train(files, assembly, len(updates), observe, cloud, LocalEdges(edges, link))
+
+
+def _train(
+    files: RunDirectory,
+    assembly: Assembly,
+    num_done: int,
+    observe: Observer | None,
+    cloud: Cloud,
+    tiers: Tiers,
+    wait_s: float | None = None,
+) -> None:
+    config = assembly.config
+    for round_number in range(num_done + 1, config.num_rounds + 1):
         begun = time.perf_counter()
         before = _evaluated(assembly, cloud) if round_number == 1 else {}
-        result = run_round(cloud, edges, link)
+        result = _closed(cloud, tiers, wait_s)
         figures = _figures(config, round_number, result)
         figures |= {f"{name}_before": value for name, value in before.items()}
         if round_number % config.evaluate_every == 0 or round_number == config.num_rounds:
@@ -153,6 +196,18 @@ def _train(files: RunDirectory, assembly: Assembly, updates: Sequence[Update], o
             files.write_checkpoint(_checkpoint(config, cloud))
         if observe is not None:
             observe(config, figures)
+
+
+def _closed(cloud: Cloud, tiers: Tiers, wait_s: float | None) -> RoundResult:
+    """Runs a round, again and again where there is somebody to wait for."""
+    while True:
+        try:
+            return run_round(cloud, tiers)
+        except QuorumError as error:
+            if wait_s is None:
+                raise
+            _log.warning("%s; asked again in %g s", error, wait_s)
+            time.sleep(wait_s)
 
 
 def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update], edges: Sequence[Edge]) -> Cloud:
@@ -264,92 +319,6 @@ def _finished(files: RunDirectory, assembly: Assembly, *, draws: bool) -> Run:
 
 def _save(assembly: Assembly, cloud: Cloud, target: Path) -> None:
     assembly.material.model.save_adapter(cloud.replica.theta, target, assembly.material.task.label_names)
-
-
-def arm_summary(config: RunConfig, rounds: Sequence[Mapping[str, Any]], clock: DeviceClock = DEFAULT_CLOCK) -> dict[str, Any]:
-    """Sums up the figures of a run, finished or not.
-
-    Args:
-        config: Its settings.
-        rounds: Figures of each round, oldest first.
-        clock: Device and link of the modelled wall clock.
-
-    Returns:
-        An arm's entry in `summary.json`.
-    """
-    curve = [[0, rounds[0]["accuracy_before"]]] if rounds else []
-    curve += [[row["round"], row["accuracy"]] for row in rounds if row["accuracy"] is not None]
-    evaluated = [number for number, _ in curve]
-    forward_passes = np.cumsum([0] + [row["forward_passes"] for row in rounds]).tolist()
-    link_bytes = np.cumsum([0] + [row["bytes_down"] + row["bytes_up"] for row in rounds]).tolist()
-    seconds = modelled_seconds(config, rounds, clock)
-    dropped: dict[str, int] = {}
-    for row in rounds:
-        for outcome, count in row["dropped"].items():
-            dropped[outcome] = dropped.get(outcome, 0) + count
-    return {
-        "arm": config.arm.name.value,
-        "finished": len(rounds) == config.num_rounds,
-        "rounds": len(rounds),
-        "optimizer": config.optimizer.kind.value,
-        "learning_rate": config.arm.learning_rate,
-        "final_accuracy": curve[-1][1] if curve else None,
-        "best_accuracy": max((accuracy for _, accuracy in curve), default=None),
-        "accuracy_by_round": curve,
-        "validation_accuracy_by_round": [
-            [row["round"], row["validation_accuracy"]] for row in rounds if row["validation_accuracy"] is not None
-        ],
-        "forward_passes_by_round": [[number, forward_passes[number]] for number in evaluated],
-        "bytes_by_round": [[number, link_bytes[number]] for number in evaluated],
-        "modelled_seconds_by_round": [[number, seconds[number]] for number in evaluated],
-        "rho_by_round": [[row["round"], row["rho"]] for row in rounds if row["rho"] is not None],
-        "rounds_to": {str(level): rounds_to(curve, level) for level in LEVELS},
-        "queries_per_device_round": max((row["queries"] for row in rounds), default=0),
-        "forward_passes": forward_passes[-1],
-        "bytes_up": sum(row["bytes_up"] for row in rounds),
-        "bytes_down": sum(row["bytes_down"] for row in rounds),
-        "bytes_between": sum(row["bytes_between"] for row in rounds),
-        "wall_seconds": round(sum(row["seconds"] for row in rounds), 2),
-        "seed": config.seed,
-        "uses_back_propagation_on_devices": arm(config.arm.name).local_training(config.arm) is not None,
-        "dropped_reports": dropped,
-        "rounds_taken_back": [row["round"] for row in rounds if row["step"] == StepKind.ROLLBACK.value],
-    }
-
-
-def modelled_seconds(config: RunConfig, rounds: Sequence[Mapping[str, Any]], clock: DeviceClock) -> list[float]:
-    """Models the wall clock from the start to the end of each round, see `wall_clock`.
-
-    Args:
-        config: Settings of the run.
-        rounds: Figures of each round, oldest first.
-        clock: Device and link.
-
-    Returns:
-        Seconds, one more than rounds; the first is 0.
-    """
-    devices, seconds = config.federation.devices_per_round, [0.0]
-    for row in rounds:
-        of_device = {name: row[name] / devices for name in ("forward_passes", "bytes_down", "bytes_up")}
-        seconds.append(round(seconds[-1] + round_seconds(clock, **of_device), 6))
-    return seconds
-
-
-def rounds_to(curve: Sequence[Sequence[float]], level: float) -> int | None:
-    """Finds the first evaluated round at an accuracy.
-
-    Args:
-        curve: Pairs of round and accuracy, in order.
-        level: Accuracy in [0, 1].
-
-    Returns:
-        The round, or None when it was never reached.
-
-    Example:
-        >>> rounds_to([[0, 0.5], [5, 0.61], [10, 0.7]], 0.6)
-        5
-    """
-    return next((int(number) for number, accuracy in curve if accuracy >= level), None)
 
 
 def reported(path: Path, summary: dict[str, Any], *, draws: bool = True) -> Run:

@@ -15,6 +15,7 @@ from cooperllm.algorithm import feedback, noise, replay
 from cooperllm.algorithm.compression import BLOCK, pack_unbiased, pack_vector, unpack_vector
 from cooperllm.algorithm.guidance import digest
 from cooperllm.algorithm.maps import Fitted, pack_factors, pack_rows, unpack_maps
+from cooperllm.algorithm.rounding import NO_ROUNDING
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.probe import run_device
 from cooperllm.edge import Edge
@@ -42,6 +43,9 @@ class LinearLoss:
 
     def __init__(self, gradient, estimated):
         self._gradient, self._estimated = gradient.astype(np.float64), estimated
+
+    def rounding(self):
+        return NO_ROUNDING
 
     def evaluate(self, chosen):
         return lambda points: (points.astype(np.float64) @ self._gradient).astype(np.float32), 1

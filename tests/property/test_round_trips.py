@@ -26,6 +26,8 @@ from cooperllm.messages import (
     LARGEST_LOSS,
     Chosen,
     DeviceReport,
+    EdgeAnswer,
+    EdgeOrder,
     EdgeReport,
     Feedback,
     Grouping,
@@ -51,6 +53,7 @@ DIGESTS = st.binary(min_size=16, max_size=16)
 POSITIVE = st.floats(2.0**-60, 2.0**60)
 VERSIONS = st.integers(-1, 1 << 32)
 LOSSES = st.floats(-LARGEST_LOSS, LARGEST_LOSS)
+DEVIATIONS = st.floats(0, LARGEST_LOSS)
 
 
 def vectors(sizes, **bounds):
@@ -118,6 +121,7 @@ PLANS = fields_of(
     local_training=st.none() | TRAINING,
     feedback=st.none() | FEEDBACK,
     maps=few(MAPS),
+    signal_to_noise=st.floats(0, 1e6),
 )
 CHOSEN = fields_of(Chosen, seed=SEEDS, group=COUNTS, positions=few(COUNTS))
 TERMS = fields_of(RandomTerm, group=COUNTS, coefficients=ANY) | few(COUNTS).flatmap(
@@ -155,6 +159,8 @@ DEVICE_REPORTS = fields_of(
     loss=LOSSES,
     column_slopes=ANY,
     random_slopes=ANY,
+    column_deviation=DEVIATIONS,
+    random_deviation=DEVIATIONS,
     estimate=st.none() | PACKED,
     agreement=ANY,
     energy=ANY,
@@ -176,6 +182,17 @@ EDGE_REPORTS = fields_of(
     energy=ANY,
     forward_passes=COUNTS,
 )
+EDGE_ORDERS = fields_of(EdgeOrder, edge_id=COUNTS, plan=PLANS, updates=few(UPDATES), snapshot=st.none() | SNAPSHOTS)
+EDGE_ANSWERS = fields_of(
+    EdgeAnswer,
+    edge_id=COUNTS,
+    model_version=VERSIONS,
+    report=st.none() | EDGE_REPORTS,
+    answered=few(COUNTS),
+    forward_passes=COUNTS,
+    bytes_down=COUNTS,
+    bytes_up=COUNTS,
+)
 MESSAGES = {
     Guide: GUIDES,
     Maps: MAPS,
@@ -190,6 +207,8 @@ MESSAGES = {
     Order: ORDERS,
     DeviceReport: DEVICE_REPORTS,
     EdgeReport: EDGE_REPORTS,
+    EdgeOrder: EDGE_ORDERS,
+    EdgeAnswer: EDGE_ANSWERS,
 }
 
 
@@ -217,7 +236,9 @@ def test_every_message_comes_back_as_it_was(kind):
     comes_back()
 
 
-@pytest.mark.parametrize("kind", [Plan, Update, Order, DeviceReport, EdgeReport, Snapshot], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [Plan, Update, Order, DeviceReport, EdgeReport, Snapshot, EdgeOrder, EdgeAnswer], ids=lambda kind: kind.__name__
+)
 def test_bytes_from_anywhere_give_a_message_or_a_refusal(kind):
     @given(data=st.binary(max_size=200))
     @example(data=b"\x80")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import cooperllm
 from cooperllm.config import ArmName, DataConfig, EngineName, FederationConfig, SourceConfig
-from cooperllm.session import rounds_to
+from cooperllm.summary import rounds_to
 
 ROUNDS = {ArmName.FEEDBACK: 12, ArmName.MEZO_FL: 60}
 LAYERS = {ArmName.FEEDBACK: 2, ArmName.MEZO_FL: 1}

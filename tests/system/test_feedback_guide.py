@@ -40,6 +40,7 @@ from cooperllm.link.loopback import Loopback
 from cooperllm.messages import Feedback, Order, Outcome
 from cooperllm.round import run_round
 from cooperllm.run_directory import RunDirectory
+from cooperllm.tiers import LocalEdges
 
 CHOSEN = list(range(16))
 """The private batch that estimates are made for."""
@@ -378,7 +379,7 @@ def test_maps_travel_only_to_devices_that_do_not_have_them(tmp_path):
     config = tiny(federation=replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2))
     assembly = assemble(RunDirectory.create(tmp_path / "run", config))
     cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
-    results = [run_round(cloud, edges, link) for _ in range(5)]
+    results = [run_round(cloud, LocalEdges(edges, link)) for _ in range(5)]
     assert link.maps == [{0: [0], 1: [0]}, {0: [1], 1: [1]}, {0: [2], 1: [2]}, {}, {0: [4], 1: [4]}]
     saved = 2 * len(cloud.maps()[0].factors)
     assert results[2].bytes_down - results[3].bytes_down > saved
@@ -398,7 +399,7 @@ def test_a_refresh_sends_what_has_changed_and_a_newcomer_everything(tmp_path):
     cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
     expected, held = [], {}
     for version in range(9):
-        run_round(cloud, edges, link)
+        run_round(cloud, LocalEdges(edges, link))
         chain = [version] if version < 2 or version == 8 else list(range(1, version + 1))
         ((device_id, sent),) = link.maps[-1].items()
         known = held.get(device_id, -1)
@@ -472,7 +473,7 @@ def test_without_maps_and_without_a_head_feedback_learns_and_sends_none(tmp_path
     federation = replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2, batch_size=200)  # every text every round
     assembly = assemble(RunDirectory.create(tmp_path / "run", change(tiny(federation=federation))))
     cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
-    losses = [run_round(cloud, edges, link).closed.update.loss for _ in range(5)]
+    losses = [run_round(cloud, LocalEdges(edges, link)).closed.update.loss for _ in range(5)]
     assert link.maps == [{}] * 5
     assert {(feedback.maps_version, len(feedback.blocks)) for feedback in link.asked} == {(-1, num_blocks)}
     assert losses[-1] < losses[0]
@@ -520,7 +521,7 @@ def test_after_a_way_back_maps_are_fitted_anew(tmp_path):
     assembly = assemble(RunDirectory.create(tmp_path / "run", config))
     cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
     for _ in range(7):
-        run_round(cloud, edges, link)
+        run_round(cloud, LocalEdges(edges, link))
     assert link.maps == [{0: [0], 1: [0]}, {}, {0: [2], 1: [2]}, {}, {0: [4], 1: [4]}, {}, {0: [6], 1: [6]}]
 
 

@@ -96,6 +96,36 @@ def restore(snapshot: Snapshot, size: int) -> Replica:
     return Replica(model_version=snapshot.model_version, theta=snapshot.theta, moments=snapshot.moments)
 
 
+def catch_up(replica: Replica, updates: Sequence[Update], snapshot: Snapshot | None, version: int, optimizer: OptimizerConfig) -> Replica:
+    """Brings a replica to a version from what its sender says it has missed.
+
+    Args:
+        replica: State of any version.
+        updates: A tail of updates, oldest first; what the replica has already is passed over.
+        snapshot: Whole state instead, or None.
+        version: Where to get to.
+        optimizer: The run's optimiser.
+
+    Returns:
+        The state at that version, or the nearest before it that these lead to.
+
+    Raises:
+        DecodeError: If something is malformed.
+        ReplayMismatchError: If an update does not give the state that its sender has.
+
+    Example:
+        >>> replica = start(np.zeros(3, np.float32), OptimizerConfig())
+        >>> catch_up(replica, (), None, 5, OptimizerConfig()).model_version
+        0
+    """
+    if snapshot is not None and replica.model_version < version:
+        replica = restore(snapshot, len(replica.theta))
+    for update in updates:
+        if update.model_version == replica.model_version < version:
+            replica = apply(replica, update, optimizer)
+    return replica
+
+
 def span(replica: Replica, guide: Guide | None) -> Float32[np.ndarray, "k n"]:
     """Rebuilds the span of a round from the guide's bytes and the momentum that every replica holds.
 

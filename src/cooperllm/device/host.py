@@ -1,13 +1,14 @@
 """The devices that live in one process: they share the base model and, being bitwise equal, one replica."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cooperllm.algorithm import replay
 from cooperllm.algorithm.maps import DecodedMaps, joined, unpack_maps
 from cooperllm.algorithm.replay import Replica
 from cooperllm.config import OptimizerConfig, SlopeMethod
-from cooperllm.device.probe import catch_up, run_device
+from cooperllm.device.probe import behind, catch_up, run_device
 from cooperllm.device.runtime import Runtime, Trainer
+from cooperllm.errors import ProtocolError
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import Maps, Order, Update
 
@@ -22,14 +23,29 @@ class Host:
 
     def __init__(
         self,
-        runtimes: Sequence[Runtime],
+        runtimes: Sequence[Runtime] | Mapping[int, Runtime],
         replica: Replica,
         optimizer: OptimizerConfig,
         history: Callable[[], Sequence[Update]],
         slope_method: SlopeMethod = SlopeMethod.TWO_SIDED,
+        *,
+        keep: Callable[[Replica], object] = bool,
+        latest: Replica | None = None,
     ) -> None:
-        self._runtimes = runtimes
-        self._replica = replica
+        """Takes the devices' state.
+
+        Args:
+            runtimes: Of each device, by its number.
+            replica: Version 0.
+            optimizer: The run's optimiser.
+            history: Updates that the devices knew before this process began.
+            slope_method: How slopes are measured.
+            keep: Called with every new state: a device of its own writes it to disk.
+            latest: What it had written before, or None.
+        """
+        self._runtimes = dict(enumerate(runtimes)) if isinstance(runtimes, Sequence) else runtimes
+        self._keep = keep
+        self._replica = latest or replica
         self._optimizer = optimizer
         self._history = history
         self._slope_method = slope_method
@@ -43,7 +59,16 @@ class Host:
         if order.snapshot is None and self._replica.model_version < known:
             for update in self._history()[self._replica.model_version : known]:
                 self._replica = replay.apply(self._replica, update, self._optimizer)
-        self._replica = catch_up(self._replica, order, self._optimizer)
+        if order.device_id not in self._runtimes:
+            raise ProtocolError(f"order: device {order.device_id} addressed, {sorted(self._runtimes)} found here")
+        version = order.plan.model_version
+        reached = replay.catch_up(self._replica, order.updates, order.snapshot, version, self._optimizer)
+        if reached.model_version < version:  # the edge thinks of a device that has lost its disk since
+            return encode(behind(order, reached.model_version))
+        reached = catch_up(reached, order, self._optimizer)
+        if reached is not self._replica:
+            self._replica = reached
+            self._keep(reached)
         runtime = self._runtimes[order.device_id]
         if order.plan.maps:
             maps = joined(self._maps, order.plan.maps)

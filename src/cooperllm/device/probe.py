@@ -107,6 +107,36 @@ def run_device(
     )
 
 
+def behind(order: Order, model_version: int) -> DeviceReport:
+    """Says that this device cannot reach the plan's version from what the order carries.
+
+    Args:
+        order: The order.
+        model_version: What the device has.
+
+    Returns:
+        A report without numbers; the edge sends what leads from that version to its own.
+    """
+    nothing = np.zeros(0, np.float32)
+    return DeviceReport(
+        device_id=order.device_id,
+        round_index=order.plan.round_index,
+        model_version=model_version,
+        guide_version=order.plan.guide_version,
+        num_examples=0,
+        outcome=Outcome.BEHIND,
+        loss=0.0,
+        column_slopes=nothing,
+        random_slopes=nothing,
+        column_deviation=0.0,
+        random_deviation=0.0,
+        estimate=None,
+        agreement=nothing,
+        energy=nothing,
+        forward_passes=0,
+    )
+
+
 def catch_up(replica: Replica, order: Order, optimizer: OptimizerConfig) -> Replica:
     """Brings a replica to the plan's version from what the order carries.
 
@@ -122,11 +152,7 @@ def catch_up(replica: Replica, order: Order, optimizer: OptimizerConfig) -> Repl
         ReplayMismatchError: If the result is not the cloud's state.
     """
     plan = order.plan
-    if order.snapshot is not None and replica.model_version < plan.model_version:
-        replica = replay.restore(order.snapshot, len(replica.theta))
-    for update in order.updates:
-        if update.model_version == replica.model_version < plan.model_version:
-            replica = replay.apply(replica, update, optimizer)
+    replica = replay.catch_up(replica, order.updates, order.snapshot, plan.model_version, optimizer)
     if replica.model_version != plan.model_version or replica.state_hash != plan.theta_hash:
         raise ReplayMismatchError(
             f"round {plan.round_index}: device {order.device_id} has version {replica.model_version} ({replica.state_hash.hex()}), "

@@ -5,13 +5,14 @@ after the text's tokens, in a directory named after the package, so that nothing
 """
 
 import hashlib
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float32, Int64
+
+from cooperllm.whole_file import write_whole
 
 CHECKSUM_BYTES = 4
 
@@ -90,21 +91,11 @@ class StatesOnDisk:
             self.num_refused += 1
             return
         try:
-            self._write(file, zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "little") + content)
+            write_whole(file, zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "little") + content)
         except OSError:  # the disk is full, or was taken away
             self.num_refused += 1
             return
         self.used_bytes += CHECKSUM_BYTES + len(content) - replaced
-
-    def _write(self, file: Path, data: bytes) -> None:
-        with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as part:
-            try:
-                part.write(data)
-                part.close()
-                Path(part.name).replace(file)
-            except OSError:
-                Path(part.name).unlink(missing_ok=True)
-                raise
 
     def _file(self, token_ids: Int64[np.ndarray, "T"]) -> Path:
         return self._directory / hashlib.sha256(token_ids.astype("<i8").tobytes()).hexdigest()

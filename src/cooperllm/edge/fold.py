@@ -16,6 +16,7 @@ from cooperllm.algorithm.aggregation import merged, weighted_mean, weighted_numb
 from cooperllm.algorithm.compression import EXACT, LARGEST_TO_FOLD, pack_unbiased, unpack_vector
 from cooperllm.algorithm.maps import joined, missing
 from cooperllm.algorithm.replay import Replica
+from cooperllm.algorithm.tail import Tail
 from cooperllm.errors import DecodeError
 from cooperllm.messages import DeviceReport, EdgeReport, Grouping, Maps, Order, Outcome, Plan, RandomSlopes, Update
 
@@ -44,9 +45,7 @@ class Edge:
         self.num_parameters = num_parameters
         self._maps: tuple[Maps, ...] = ()
         self._maps_versions: dict[int, int] = {}
-        self._versions = dict.fromkeys(self.device_ids, 0)
-        self._updates: list[Update] = []
-        self._lengths: list[int] = []
+        self._tail = Tail(dict.fromkeys(self.device_ids, 0))
 
     def remember(self, update: Update, num_bytes: int) -> None:
         """Keeps an update for devices that will need it.
@@ -55,13 +54,11 @@ class Edge:
             update: Sealed update of the round that just closed.
             num_bytes: Its length on the link.
         """
-        self._updates.append(update)
-        self._lengths.append(num_bytes)
+        self._tail.remember(update, num_bytes)
 
     def note_version(self, device_ids: Sequence[int], model_version: int) -> None:
         """Records that devices have reached a version: after every round, and for past rounds when a run is resumed."""
-        for device_id in set(device_ids) & set(self.device_ids):
-            self._versions[device_id] = model_version
+        self._tail.note(device_ids, model_version)
 
     def fan_out(self, plan: Plan, replica: Replica) -> list[Order]:
         """Addresses a plan to the edge's devices of the round's cohort.
@@ -92,7 +89,9 @@ class Edge:
             The edge's report; with no usable report its numbers are empty and its weight is 0.
         """
         ordered = sorted(reports, key=lambda report: report.device_id)
-        self.note_version([report.device_id for report in ordered if report.model_version == plan.model_version], plan.model_version)
+        for report in ordered:
+            if report.model_version == plan.model_version or report.outcome is Outcome.BEHIND:
+                self.note_version([report.device_id], report.model_version)
         judged = [(report, *_judge(report, plan, self.num_parameters)) for report in ordered]
         usable = [report for report, outcome, _ in judged if outcome is Outcome.OK]
         if plan.feedback is not None:
@@ -126,16 +125,14 @@ class Edge:
         )
 
     def _order(self, device_id: int, plan: Plan, replica: Replica) -> Order:
-        missed = slice(self._versions[device_id], plan.model_version)
-        snapshot_bytes = replica.theta.nbytes * (1 + len(replica.moments))
-        needs_snapshot = sum(self._lengths[missed]) > snapshot_bytes
+        updates, snapshot = self._tail.missed(device_id, replica)
         has_maps = plan.feedback is not None and plan.feedback.maps_version >= 0
         return Order(
             device_id=device_id,
             group=group_of(plan, self.edge_id, device_id),
             plan=replace(plan, maps=missing(self._maps, self._maps_versions.get(device_id, -1)) if has_maps else ()),
-            updates=() if needs_snapshot else tuple(self._updates[missed]),
-            snapshot=replica.snapshot() if needs_snapshot else None,
+            updates=updates,
+            snapshot=snapshot,
         )
 
 

@@ -30,7 +30,7 @@ from threading import Event
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -41,6 +41,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from cooperllm.errors import ConfigError, DecodeError, LinkError
 from cooperllm.link.base import Devices, Exchange, Link
 from cooperllm.link.codec import decode, encode
+from cooperllm.link.envelope import unwrap, wrap
+from cooperllm.link.fleet_server import FleetServer
 from cooperllm.messages import DeviceReport, Order
 
 MakeDevices = Callable[[], Devices]
@@ -91,12 +93,15 @@ class GridLink:
     """The link on any grid of Flower's.
 
     Attributes:
-        lost_reasons: Why devices were lost in the latest exchange, by device.
+        lost_reasons: Why nodes were lost in the latest exchange, by number.
+        whom: What the nodes are, for people.
     """
+
+    whom = "device"
 
     def __init__(self, grid: Grid, num_devices: int, device_timeout_s: float = 600.0, check: Callable[[], object] = bool) -> None:
         self.lost_reasons: dict[int, str] = {}
-        self._grid, self._num_devices, self._device_timeout_s, self._check = grid, num_devices, device_timeout_s, check
+        self._grid, self._num_devices, self._timeout_s, self._check = grid, num_devices, device_timeout_s, check
         self._nodes: dict[int, int] = {}
 
     def exchange(self, orders: Sequence[Order]) -> Exchange:
@@ -111,26 +116,57 @@ class GridLink:
         Raises:
             LinkError: If the engine fails, or if some device has not shown up in time for the first exchange.
         """
-        self._find_nodes()
-        self.lost_reasons = lost = {order.device_id: "no answer in time" for order in orders}
+        num_bytes: list[int] = []
+
+        def packed() -> Iterator[tuple[int, bytes]]:
+            for order in orders:  # one at a time: a grid that answers at once then holds a single order in memory
+                data = encode(order)
+                num_bytes.append(len(data))
+                yield order.device_id, data
+
+        received = self.send(packed())
         reports: list[DeviceReport] = []
-        bytes_down = bytes_up = 0
-        pending: dict[str, int] = {}
-        for order in orders:
-            data = encode(order)
-            bytes_down += len(data)
-            pending |= self._push(order.device_id, self._nodes[order.device_id], PROBE, data, self._device_timeout_s)
-        for device_id, reply in self._replies(pending, time.monotonic() + self._device_timeout_s):
+        for device_id, data in received.items():
             try:
-                data = _unwrap(reply)
-                bytes_up += len(data)
                 reports.append(_read(data, device_id))
-                del lost[device_id]
             except DecodeError as error:
-                lost[device_id] = str(error)
-        for device_id, reason in lost.items():
-            _log.warning("device %d is lost: %s", device_id, reason)
-        return Exchange(reports=reports, bytes_down=bytes_down, bytes_up=bytes_up, lost=tuple(lost))
+                self._lose(device_id, str(error))
+        return Exchange(
+            reports=reports, bytes_down=sum(num_bytes), bytes_up=sum(map(len, received.values())), lost=tuple(self.lost_reasons)
+        )
+
+    def send(self, packed: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
+        """Sends bytes to nodes and waits for what they answer.
+
+        Args:
+            packed: Our number of a node and what it is sent, at most once each.
+
+        Returns:
+            What came back, by number, in the order of arrival; `lost_reasons` says what became of the others.
+
+        Raises:
+            LinkError: If the engine fails, or if some node has not shown up in time for the first message.
+        """
+        self._find_nodes()
+        self.lost_reasons, pending = {}, dict[str, int]()
+        received: dict[int, bytes] = {}
+        for number, data in packed:
+            self.lost_reasons[number] = "no answer in time" if number in self._nodes else "not connected"
+            if number in self._nodes:
+                pending |= self._push(number, self._nodes[number], PROBE, data, self._timeout_s)
+        for number, reply in self._replies(pending, time.monotonic() + self._timeout_s):
+            try:
+                received[number] = unwrap(reply)
+                del self.lost_reasons[number]
+            except DecodeError as error:
+                self.lost_reasons[number] = str(error)
+        for number, reason in self.lost_reasons.items():
+            self._lose(number, reason)
+        return received
+
+    def _lose(self, number: int, reason: str) -> None:
+        self.lost_reasons[number] = reason
+        _log.warning("%s %d is lost: %s", self.whom, number, reason)
 
     def _find_nodes(self) -> None:
         """Asks nodes which device they are until all devices are known; nodes appear while the engine starts."""
@@ -143,7 +179,7 @@ class GridLink:
                 pending |= self._push(node_id, node_id, IDENTIFY, b"", START_TIMEOUT_S)
             for node_id, reply in self._replies(pending, deadline):
                 if reply.has_content():
-                    self._nodes[decode(_unwrap(reply), int)] = node_id
+                    self._nodes[decode(unwrap(reply), int)] = node_id
                 elif reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
                     raise LinkError(f"a node cannot build its devices: {reply.error.reason}")
             if len(self._nodes) < self._num_devices and not self._wait(deadline):
@@ -154,7 +190,7 @@ class GridLink:
 
     def _push(self, label: int, node_id: int, kind: str, data: bytes, ttl: float) -> dict[str, int]:
         with _engine("sending"):  # what a grid does not take has no id, or None for one
-            message_ids = self._grid.push_messages([Message(_wrap(data), node_id, kind, ttl=ttl)])
+            message_ids = self._grid.push_messages([Message(wrap(data), node_id, kind, ttl=ttl)])
             return {message_id: label for message_id in message_ids if message_id}
 
     def _replies(self, pending: dict[str, int], deadline: float) -> Iterator[tuple[int, Message]]:
@@ -169,6 +205,17 @@ class GridLink:
         self._check()
         time.sleep(POLL_S)
         return time.monotonic() < deadline
+
+
+class FleetLink(GridLink):
+    """The link to nodes in processes of their own: whoever is there when a round begins is asked, nobody is waited for."""
+
+    def __init__(self, server: FleetServer, whom: str, timeout_s: float) -> None:
+        super().__init__(server.grid, len(server.nodes), timeout_s)
+        self.whom, self._server = whom, server
+
+    def _find_nodes(self) -> None:
+        self._nodes = {number: self._server.nodes[number] for number in self._server.online()}
 
 
 class InProcessGrid(Grid):
@@ -280,24 +327,11 @@ def _answer(key: str, make_devices: MakeDevices, message: Message, context: Cont
         if key not in _built:  # a node is there when it can answer: the first round does not wait for a model to load
             _built[key] = make_devices()
         asks_who = message.metadata.message_type == IDENTIFY
-        data = encode(context.node_config["partition-id"]) if asks_who else _built[key].answer(_unwrap(message))
+        data = encode(context.node_config["partition-id"]) if asks_who else _built[key].answer(unwrap(message))
     except Exception as error:  # noqa: BLE001 -- the wall: whatever a device raises is a value for the other side, as Flower has it
         _log.debug("node %d failed", context.node_id, exc_info=True)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message)
-    return Message(_wrap(data), reply_to=message)
-
-
-def _wrap(data: bytes) -> RecordDict:
-    return RecordDict({"message": ArrayRecord({"bytes": Array("uint8", (len(data),), "cooperllm.msgpack", data)})})
-
-
-def _unwrap(message: Message) -> bytes:
-    if message.has_error():
-        raise DecodeError(f"{message.error.reason} (Flower's code {message.error.code})")
-    try:
-        return message.content.array_records["message"]["bytes"].data
-    except KeyError as error:
-        raise DecodeError("an answer without our bytes") from error
+    return Message(wrap(data), reply_to=message)
 
 
 def _read(data: bytes, device_id: int) -> DeviceReport:

@@ -1,0 +1,102 @@
+"""A device in a process of its own: opens its package and its texts once, then answers its edge, round after round."""
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from cooperllm.algorithm import replay
+from cooperllm.deployment.settings import DeviceSettings, read_job
+from cooperllm.deployment.state_file import StateFile
+from cooperllm.device import Host
+from cooperllm.device.governor import govern
+from cooperllm.device.onnx_forward import OnnxForward, open_package
+from cooperllm.device.package import DeviceExamples, Package
+from cooperllm.errors import ConfigError
+from cooperllm.link.fleet_node import Server, serve
+
+_log = logging.getLogger(__name__)
+
+
+def run_device_process(settings: DeviceSettings, stop: threading.Event) -> None:
+    """Takes part in a run until told to stop.
+
+    Args:
+        settings: Of this device.
+        stop: Set when it is to end.
+
+    Raises:
+        ConfigError: If a file does not fit the run.
+        PackageError: If the package cannot be used.
+        LinkError: If the edge does not let this device in.
+    """
+    job = read_job(settings.job)
+    package = _package(settings, job.config.federation.batch_size)
+    if package.manifest.num_parameters != job.num_parameters:
+        raise ConfigError(
+            f"{settings.package}: found a package of {package.manifest.num_parameters} parameters, expected {job.num_parameters} as in "
+            f"{settings.job}; write a package with the settings of the run"
+        )
+    examples = read_texts(settings.data, package)
+    device = OnnxForward(package, examples, range(len(examples)), job.config.activation_mib, job.config.federation.label_adjustment)
+    start = replay.start(package.theta, job.config.optimizer)
+    kept = StateFile(settings.state / "replica.bin")
+    latest = kept.read(start)
+    host = Host({settings.number: device}, start, job.config.optimizer, tuple[()], job.config.slope_method, keep=kept.write, latest=latest)
+    _log.info("device %d: %d texts, version %d", settings.number, len(examples), (latest or start).model_version)
+    serve(Server(address=settings.edge, key=settings.key, authority=settings.authority), host.answer, stop)
+
+
+def read_texts(file: Path, package: Package) -> DeviceExamples:
+    """Reads private texts and tokenises them as the package says.
+
+    Args:
+        file: A JSON object a line: text, label, and text2 for pairs.
+        package: Of the device.
+
+    Returns:
+        Examples.
+
+    Raises:
+        ConfigError: If the file is missing, empty, or a line is something else.
+    """
+    names = {name: number for number, name in enumerate(package.manifest.label_names)}
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines() if line.strip()]
+        texts = [_field(row, "text", str) for row in rows]
+        labels = [_label(row["label"], names) for row in rows]
+        seconds = [_field(row, "text2", str) for row in rows if "text2" in row]
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); expected a JSON object with text and label a line") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: found a line that is no JSON object with text and label ({error}); mend it") from error
+    if not rows or len(seconds) not in {0, len(rows)}:
+        raise ConfigError(f"{file}: found {len(rows)} texts, {len(seconds)} with text2, expected at least one, and text2 in all or none")
+    return package.encode(texts, seconds or None, labels)
+
+
+def _label(found: Any, names: dict[str, int]) -> int:
+    return found if isinstance(found, int) else names[str(found)]
+
+
+def _field(row: Any, name: str, kind: type) -> Any:
+    if not isinstance(row[name], kind):
+        raise TypeError(f"{name} is {type(row[name]).__name__}")
+    return row[name]
+
+
+def _package(settings: DeviceSettings, batch_size: int) -> Package:
+    """Opens the package, with settings that fit the memory that the device may take."""
+    if settings.memory_mib is None:
+        return open_package(settings.package, num_threads=settings.threads)
+    choice, _ = govern(
+        settings.package,
+        settings.memory_mib,
+        settings.state,
+        states_quota_mib=settings.cache_mib,
+        batch_size=batch_size,
+        num_threads=settings.threads,
+    )
+    _log.info("device %d: %s, %.0f MiB", settings.number, ", ".join(choice.settings.words), choice.findings.peak_mib)
+    return open_package(settings.package, choice.settings, num_threads=settings.threads)

@@ -1,0 +1,54 @@
+"""An edge in a process of its own: a node towards the cloud, a server towards its devices."""
+
+import logging
+import threading
+from pathlib import Path
+
+from cooperllm.deployment.enrolment import read_public_keys
+from cooperllm.deployment.settings import EdgeSettings, host_and_port, read_job
+from cooperllm.edge import Edge
+from cooperllm.link.fleet_node import Server, serve
+from cooperllm.link.fleet_server import Address, Certificate, FleetServer
+from cooperllm.link.flower import FleetLink
+from cooperllm.tiers import EdgeHost
+
+_log = logging.getLogger(__name__)
+
+
+def run_edge_process(settings: EdgeSettings, stop: threading.Event) -> None:
+    """Serves devices and answers the cloud until told to stop.
+
+    Args:
+        settings: Of this edge.
+        stop: Set when it is to end.
+
+    Raises:
+        ConfigError: If a file is missing or is not what it should be.
+        LinkError: If the port is taken, or the cloud does not let this edge in.
+    """
+    job, keys = read_job(settings.job), read_public_keys(settings.devices)
+    with open_server(keys, settings.listen, settings.certificate, settings.certificate_key) as server:
+        _log.info("edge %d: listening on %s for devices %s", settings.number, server.address, sorted(keys))
+        edge = Edge(settings.number, sorted(keys), job.num_parameters)
+        host = EdgeHost(edge, FleetLink(server, "device", settings.round_timeout_s), job.config.optimizer)
+        serve(Server(address=settings.cloud, key=settings.key, authority=settings.authority), host.answer, stop)
+
+
+def open_server(keys: dict[int, bytes], listen: str, chain: Path | None, key: Path | None) -> FleetServer:
+    """Opens the port of a tier.
+
+    Args:
+        keys: Public keys of the nodes that may come in.
+        listen: HOST:PORT.
+        chain: File of the certificate; None for plain text.
+        key: File of its private key; None for plain text.
+
+    Returns:
+        The server, a context.
+
+    Raises:
+        LinkError: If the port is taken or a file is missing.
+    """
+    host, port = host_and_port(listen, "listen")
+    certificate = None if chain is None or key is None else Certificate(chain=chain, key=key)
+    return FleetServer(keys, Address(host=host, port=port), certificate)

@@ -1,0 +1,234 @@
+"""The commands of a deployment: one for each tier, one that writes what they need, one that starts all of them here."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import rich.console
+import typer
+
+from cooperllm import recipes
+from cooperllm.config import ArmName, RunConfig
+from cooperllm.errors import ConfigError
+from cooperllm.options import (
+    ActivationMib,
+    Adapter,
+    ArmOption,
+    BatchSize,
+    DataDirectory,
+    DevicesPerRound,
+    LabelColumn,
+    LastLayers,
+    LearningRate,
+    MaxTokens,
+    Model,
+    NumDevices,
+    NumEdges,
+    OptimizerName,
+    Private,
+    Public,
+    Queries,
+    RecipeName,
+    Rounds,
+    Runtime,
+    SecondTextColumn,
+    Seed,
+    Set,
+    Slopes,
+    Targets,
+    TextColumn,
+    changed,
+)
+
+CACHE = Path.home() / ".cache" / "cooperllm"
+CLOUD_PORT = 9100
+SettingsFile = Annotated[Path, typer.Argument(help="TOML file, as `cooperllm enroll` writes it.")]
+Hosts = Annotated[str, typer.Option("--hosts", help="Names of the cloud's host and of each edge's, comma-separated: cloud.lan,edge0.lan")]
+console = rich.console.Console()
+
+
+def quieten() -> None:
+    """Keeps Flower from phoning home, and lets our own words through with the time; before Flower is imported."""
+    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("cooperllm").setLevel(logging.INFO)
+    logging.getLogger("flwr").addFilter(lambda record: record.levelno >= logging.ERROR)  # a level would be undone by its import
+
+
+def until_told(work: Callable[[threading.Event], object]) -> None:
+    """Runs a node until SIGTERM or Ctrl-C, after which it says goodbye to its server."""
+    stop = threading.Event()
+
+    def told(_number: int, _frame: object) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, told)
+    work(stop)
+
+
+def enroll_command(
+    directory: Annotated[Path, typer.Argument(help="Directory to write.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="What is trained.")] = "demo",
+    arm: ArmOption = ArmName.FEEDBACK,
+    hosts: Hosts = "",
+    port: Annotated[int, typer.Option("--port", help="Of the cloud; edges have the ones after it where hosts are shared.")] = CLOUD_PORT,
+    texts: Annotated[bool, typer.Option("--texts", help="Write the devices their part of the recipe's private texts, too.")] = False,  # noqa: FBT002
+    learning_rate: LearningRate = None,
+    queries: Queries = None,
+    rounds: Rounds = None,
+    seed: Seed = None,
+    optimizer: OptimizerName = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    target_modules: Targets = None,
+    last_layers: LastLayers = None,
+    max_tokens: MaxTokens = None,
+    public: Public = None,
+    private: Private = None,
+    text_column: TextColumn = None,
+    second_text_column: SecondTextColumn = None,
+    label_column: LabelColumn = None,
+    data_directory: DataDirectory = "data",
+    devices: NumDevices = None,
+    edges: NumEdges = None,
+    devices_per_round: DevicesPerRound = None,
+    batch_size: BatchSize = None,
+    runtime: Runtime = None,
+    activation_mib: ActivationMib = None,
+    slopes: Slopes = None,
+    settings: Set = None,
+) -> None:
+    """Write keys, certificates and settings for every process of a deployment, its run and its device package."""
+    quieten()
+    others = {"directory", "recipe", "arm", "hosts", "port", "texts", "data_directory"}
+    options = {key: value for key, value in locals().items() if key not in others}
+    config = changed(recipes.recipe(recipe, data_directory).with_arm(arm), options)
+    _prepare(directory, config, hosts, port, has_texts=texts)
+    for kind, start in (("cloud", "cloud"), ("edge-0", "edge"), ("device-0", "device")):
+        console.print(f"cooperllm {start} {directory / kind / start}.toml", highlight=False, soft_wrap=True)
+
+
+def up_command(
+    recipe: RecipeName = "demo",
+    arm: ArmOption = ArmName.FEEDBACK,
+    port: Annotated[int, typer.Option("--port", help="Of the cloud; edges have the ones after it.")] = CLOUD_PORT,
+    learning_rate: LearningRate = None,
+    queries: Queries = None,
+    rounds: Rounds = None,
+    seed: Seed = None,
+    optimizer: OptimizerName = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    target_modules: Targets = None,
+    last_layers: LastLayers = None,
+    max_tokens: MaxTokens = None,
+    public: Public = None,
+    private: Private = None,
+    text_column: TextColumn = None,
+    second_text_column: SecondTextColumn = None,
+    label_column: LabelColumn = None,
+    data_directory: DataDirectory = "data",
+    devices: NumDevices = 4,
+    edges: NumEdges = 2,
+    devices_per_round: DevicesPerRound = None,
+    batch_size: BatchSize = None,
+    runtime: Runtime = None,
+    activation_mib: ActivationMib = None,
+    slopes: Slopes = None,
+    settings: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Directory; by default runs/RECIPE-up-N with the next free N.")] = None,
+) -> None:
+    """Train with a process for each edge and device on this machine: the same bits as `cooperllm run --runtime onnx`."""
+    quieten()
+    options = {key: value for key, value in locals().items() if key not in {"recipe", "arm", "port", "data_directory", "out"}}
+    config = changed(recipes.recipe(recipe, data_directory).with_arm(arm), options)
+    taken = (Path("runs") / f"{recipe}-up-{number}" for number in range(1, 1_000_000))
+    directory = out or next(path for path in taken if not path.exists())
+    _prepare(directory, config, "", port, has_texts=True)
+    from cooperllm.deployment.together import edges_and_devices  # noqa: PLC0415 -- of the extra `cloud`
+
+    with edges_and_devices(directory):
+        _cloud(directory / "cloud" / "cloud.toml")
+
+
+def cloud_command(settings: SettingsFile) -> None:
+    """Train, with edges and devices elsewhere; started again, it goes on where its log ends."""
+    quieten()
+    _cloud(settings)
+
+
+def edge_command(settings: SettingsFile) -> None:
+    """Serve devices, and answer the cloud for them."""
+    quieten()
+    from cooperllm.deployment.edge_process import run_edge_process  # noqa: PLC0415 -- imports Flower's server
+    from cooperllm.deployment.settings import EdgeSettings, read_settings  # noqa: PLC0415
+
+    found = read_settings(settings, EdgeSettings)
+    until_told(lambda stop: run_edge_process(found, stop))
+
+
+def device_command(
+    settings: Annotated[Path | None, typer.Argument(help="TOML file, as `cooperllm enroll` writes it: take part in a run.")] = None,
+    package: Annotated[Path | None, typer.Option("--measure", help="A device package; says what it takes on this machine.")] = None,
+    memory_mib: Annotated[float | None, typer.Option("--memory-mib", help="Memory of the whole process; no limit by default.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts of a batch, each as long as the package takes.")] = 16,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of one operator.")] = 1,
+    cache_directory: Annotated[Path, typer.Option("--cache-directory", help="Where states of frozen layers may be kept.")] = CACHE,
+    cache_mib: Annotated[float, typer.Option("--cache-mib", help="The most that they may take there.")] = 256.0,
+) -> None:
+    """Take part in a run, or choose how a device spends memory, by measuring: needs no PyTorch."""
+    if (settings is None) == (package is None):
+        raise ConfigError("device: found neither or both, expected a settings file, or --measure PACKAGE")
+    if package is None:
+        _device(settings or Path())
+        return
+    from cooperllm.device import footprint_report, governor  # noqa: PLC0415 -- of the extra `device`
+
+    with console.status("trying settings, each in a process of its own"):
+        choice, trials = governor.govern(
+            package, memory_mib, cache_directory, states_quota_mib=cache_mib, batch_size=batch_size, num_threads=threads
+        )
+    console.print(footprint_report.settings_table(trials, choice, memory_mib))
+    console.print(footprint_report.phases_table(choice))
+    console.print(footprint_report.words(choice, memory_mib), highlight=False)
+
+
+def _device(settings: Path) -> None:
+    quieten()
+    from cooperllm.deployment.device_process import run_device_process  # noqa: PLC0415 -- of the extra `device`
+    from cooperllm.deployment.settings import DeviceSettings, read_settings  # noqa: PLC0415
+
+    found = read_settings(settings, DeviceSettings)
+    until_told(lambda stop: run_device_process(found, stop))
+
+
+def _prepare(directory: Path, config: RunConfig, hosts: str, port: int, *, has_texts: bool) -> None:
+    """Writes a deployment's directories; edges on one host with the cloud or each other have neighbouring ports."""
+    from cooperllm import models  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.deployment.enrolment import Places  # noqa: PLC0415
+    from cooperllm.deployment.together import prepare  # noqa: PLC0415
+
+    models.hush()
+    names = [name.strip() for name in hosts.split(",")] if hosts else ["127.0.0.1"] * (1 + config.federation.num_edges)
+    if len(names) != 1 + config.federation.num_edges:
+        raise ConfigError(f"--hosts: found {len(names)}, expected {1 + config.federation.num_edges}: the cloud's and one for each edge")
+    addresses = [f"{name}:{port + number}" for number, name in enumerate(names)]
+    with console.status("loading the model, writing keys and the device package"):
+        prepare(directory, config, Places(cloud=addresses[0], edges=tuple(addresses[1:])), has_texts=has_texts)
+    console.print(f"everything is in {directory}", highlight=False, soft_wrap=True)
+
+
+def _cloud(settings: Path) -> None:
+    from cooperllm import models  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.deployment.cloud_process import run_cloud_process  # noqa: PLC0415
+    from cooperllm.deployment.settings import CloudSettings, read_settings  # noqa: PLC0415
+    from cooperllm.showing import show  # noqa: PLC0415
+
+    models.hush()
+    found = read_settings(settings, CloudSettings)
+    show(console, lambda progress: run_cloud_process(found, progress.observe), f"cooperllm cloud {settings}")

@@ -1,0 +1,264 @@
+"""The server's side of Flower's fleet protocol, in the process that drives it.
+
+    grid --push--> link state <--HTTPS, signed by enrolled keys-- `fleet_node`
+
+This is a SuperLink reduced to the paths under /v1/fleet. Flower's own also serves its control and runtime interfaces on that port, and
+whoever reaches them starts runs; here they do not exist. The grid works on the link state directly, so that no second process, database
+or token stands between a round and its messages. What lasts is the run's log: a server that comes back has an empty state, and its nodes
+come back to it.
+
+With `fleet_node` one of the two files that touch what Flower does not promise to keep (pinned: 1.41). Met on the way:
+    - A node that was killed counts as online for a minute, and Flower refuses its return until then. Its signature says who it is: let in.
+    - A run is only served while a task of it sends heartbeats. Ours has none: it is running because we say so.
+    - A reply can be seen before its parts have arrived; Flower then waits for a second, we look again after some milliseconds.
+"""
+
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flwr
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import PlainTextResponse
+from flwr.app import Message
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, Status
+from flwr.proto.task_pb2 import Task
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.error import http_error_translator
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.grid.http_grid import HttpGrid
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet.router import router as fleet_router
+from flwr.superlink.servicer.runtime import runtime_handlers
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from cooperllm.errors import LinkError
+
+KNOWN_FLOWER = "1.41.0"
+START_TIMEOUT_S, STOP_TIMEOUT_S, PART_TIMEOUT_S = 30.0, 10.0, 60.0
+LARGEST_REQUEST_BYTES = 64 << 20
+"""Larger requests are refused before they are read: what a device sends at once is cut into chunks of a few MB."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Address:
+    """Where a server listens or is found.
+
+    Attributes:
+        host: Name or number.
+        port: 1 to 65535; 0 lets the system choose where one listens.
+    """
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Certificate:
+    """What a server shows.
+
+    Attributes:
+        chain: File of the certificate.
+        key: File of its private key.
+    """
+
+    chain: Path
+    key: Path
+
+
+class FleetServer:
+    """Lets nodes with enrolled keys in and sends them messages; a context, which ends with every connection closed.
+
+    Attributes:
+        address: Where it listens, with the port that the system chose.
+        grid: Sends and receives, for the thread that runs the rounds.
+        nodes: Flower's number of each enrolled node, by ours.
+    """
+
+    def __init__(self, public_keys: Mapping[int, bytes], address: Address, certificate: Certificate | None) -> None:
+        """Opens the port.
+
+        Args:
+            public_keys: Of the nodes that may come in, by our numbers, in PEM.
+            address: Where to listen.
+            certificate: For TLS; None for plain text.
+
+        Raises:
+            LinkError: If the port is taken, or Flower is another than the one that this file knows.
+        """
+        if flwr.__version__ != KNOWN_FLOWER:
+            raise LinkError(f"flwr {flwr.__version__} found, {KNOWN_FLOWER} expected: pip install 'flwr=={KNOWN_FLOWER}'")
+        self._state = _State(NoOpFederationManager(), ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME).store())
+        self.nodes = {
+            number: self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0) for number, key in sorted(public_keys.items())
+        }
+        run_id = self._state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        self._state.begin(run_id)
+        self.grid = _Grid(self._state, run_id)
+        self._socket = _listening(address)
+        self.address = Address(host=address.host, port=self._socket.getsockname()[1])
+        tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": certificate.chain, "ssl_keyfile": certificate.key}
+        self._server = uvicorn.Server(uvicorn.Config(_app(self._state), log_config=None, access_log=False, lifespan="off", **tls))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="fleet", daemon=True)
+
+    def __enter__(self) -> "FleetServer":
+        self._thread.start()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise LinkError(f"{self.address}: the server did not start; see its words above")
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(STOP_TIMEOUT_S)
+        self._socket.close()
+
+    def online(self) -> set[int]:
+        """Lists our numbers of the nodes that are there."""
+        there = set(self.grid.get_node_ids())
+        return {number for number, node_id in self.nodes.items() if node_id in there}
+
+
+class _State(InMemoryLinkState):
+    """Flower's link state, of one run that is always running, into which a node may come back at once."""
+
+    def begin(self, run_id: int) -> None:
+        """Calls the run's task running: no other process claims it."""
+        run = self.run_ids[run_id].run
+        self.task_store[run.primary_task_id or 0].status.status = Status.RUNNING
+
+    def create_node(self, owner_aid: str, owner_name: str, public_key: bytes, heartbeat_interval: float, **others: Any) -> int:
+        """Numbers a node after its key: the same after the server was away, so that a node need not notice."""
+        drawn = super().create_node(owner_aid, owner_name, public_key, heartbeat_interval, **others)
+        node = self.nodes.pop(drawn)
+        node.node_id = 2 + int.from_bytes(hashlib.sha256(public_key).digest()[:7])
+        self.nodes[node.node_id] = node
+        self.node_public_key_to_node_id[public_key] = node.node_id
+        self.owner_to_node_ids[owner_aid] = self.owner_to_node_ids[owner_aid] - {drawn} | {node.node_id}
+        return node.node_id
+
+    def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
+        """Lets a node in, though it may not have said goodbye."""
+        self.deactivate_node(node_id)
+        return super().activate_node(node_id, heartbeat_interval)
+
+
+class _Grid(HttpGrid):
+    """Flower's grid on a link state in this process, in the place of one behind a port and a token."""
+
+    def __init__(self, state: _State, run_id: int) -> None:
+        super().__init__(token="none: no port is crossed")
+        self._client: Any = _Direct(state, Task(run_id=run_id))
+        self.set_run(state.get_run_info(run_ids=[run_id])[0])
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
+
+    def push_messages(self, messages: Any) -> Any:
+        """Takes a list: Flower goes through it twice."""
+        return super().push_messages(list[Message](messages))
+
+
+class _Direct:
+    """What Flower's grid asks of its server, answered by Flower's own functions."""
+
+    def __init__(self, state: _State, task: Task) -> None:
+        self._given: dict[str, Any] = {"state": state, "task": task}
+
+    def GetNodes(self, request: Any) -> Any:  # noqa: N802 -- Flower's names, here and below
+        """Lists who is online."""
+        return runtime_handlers.get_nodes(request, **self._given)
+
+    def PushMessages(self, request: Any) -> Any:  # noqa: N802
+        """Takes messages for nodes."""
+        return runtime_handlers.push_messages(request, **self._given)
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802
+        """Hands out replies."""
+        return runtime_handlers.pull_messages(request, **self._given)
+
+    def PushObject(self, request: Any) -> Any:  # noqa: N802
+        """Takes a part of a message."""
+        return runtime_handlers.push_object(request, **self._given)
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802
+        """Hands out a part of a reply, and waits for one that is announced."""
+        deadline = time.monotonic() + PART_TIMEOUT_S
+        found = runtime_handlers.pull_object(request, **self._given)
+        while found.object_found and not found.object_available and time.monotonic() < deadline:
+            time.sleep(0.005)
+            found = runtime_handlers.pull_object(request, **self._given)
+        return found
+
+    def ConfirmMessageReceived(self, request: Any) -> Any:  # noqa: N802
+        """Forgets a reply."""
+        return runtime_handlers.confirm_message_received(request, **self._given)
+
+
+class _Factory:
+    """Hands Flower's routes the one state there is."""
+
+    def __init__(self, state: _State) -> None:
+        self.state = lambda: state
+
+
+class _Limit:
+    """Refuses a request that announces, or turns out to have, more than `LARGEST_REQUEST_BYTES`."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        seen = 0
+
+        async def counted() -> Any:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > LARGEST_REQUEST_BYTES:
+                raise HTTPException(413)
+            return message
+
+        lengths = [value for name, value in scope.get("headers", ()) if name == b"content-length"]
+        if any(not value.isdigit() or int(value) > LARGEST_REQUEST_BYTES for value in lengths):
+            await PlainTextResponse("too large", 413)(scope, receive, send)
+        else:
+            await self._app(scope, counted, send)
+
+
+def _app(state: _State) -> FastAPI:
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        middleware=[
+            Middleware(_Limit),
+            Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
+            Middleware(ProtobufTranslationMiddleware),
+            Middleware(NodeAuthMiddleware),
+        ],
+    )
+    app.state.linkstate_factory, app.state.enable_supernode_auth, app.state.fleet_event_log_plugin = _Factory(state), True, None
+    app.include_router(fleet_router)
+    return app
+
+
+def _listening(address: Address) -> socket.socket:
+    try:
+        return socket.create_server((address.host, address.port))
+    except OSError as error:
+        raise LinkError(f"{address}: cannot listen there ({error}); choose another port, or stop what has it") from error
