@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import rich.console
 import typer
@@ -107,7 +107,7 @@ def enroll_command(
     quieten()
     others = {"directory", "recipe", "arm", "hosts", "port", "texts", "data_directory"}
     options = {key: value for key, value in locals().items() if key not in others}
-    config = changed(recipes.recipe(recipe, data_directory).with_arm(arm), options)
+    config = _chosen(recipe, data_directory, arm, options)
     _prepare(directory, config, hosts, port, has_texts=texts)
     for kind, start in (("cloud", "cloud"), ("edge-0", "edge"), ("device-0", "device")):
         console.print(f"cooperllm {start} {directory / kind / start}.toml", highlight=False, soft_wrap=True)
@@ -146,7 +146,7 @@ def up_command(
     """Train with a process for each edge and device on this machine: the same bits as `cooperllm run --runtime onnx`."""
     quieten()
     options = {key: value for key, value in locals().items() if key not in {"recipe", "arm", "port", "data_directory", "out"}}
-    config = changed(recipes.recipe(recipe, data_directory).with_arm(arm), options)
+    config = _chosen(recipe, data_directory, arm, options)
     taken = (Path("runs") / f"{recipe}-up-{number}" for number in range(1, 1_000_000))
     directory = out or next(path for path in taken if not path.exists())
     _prepare(directory, config, "", port, has_texts=True)
@@ -205,6 +205,14 @@ def _device(settings: Path) -> None:
 
     found = read_settings(settings, DeviceSettings)
     until_told(lambda stop: run_device_process(found, stop))
+
+
+def _chosen(recipe: str, data_directory: str, arm: ArmName, options: dict[str, Any]) -> RunConfig:
+    """A recipe with the options given; of a fleet that is smaller than a round of the recipe all take part."""
+    config, devices = recipes.recipe(recipe, data_directory).with_arm(arm), options["devices"]
+    if devices is not None and options["devices_per_round"] is None:
+        options["devices_per_round"] = max(1, min(devices, config.federation.devices_per_round))
+    return changed(config, options)
 
 
 def _prepare(directory: Path, config: RunConfig, hosts: str, port: int, *, has_texts: bool) -> None:

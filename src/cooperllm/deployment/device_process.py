@@ -16,6 +16,9 @@ from cooperllm.device.package import DeviceExamples, Package
 from cooperllm.errors import ConfigError
 from cooperllm.link.fleet_node import Server, serve
 
+LINK_MIB = 24.0
+"""Of a memory limit, for what a trial does not have: TLS, threads that fetch and send, messages under way, the replica. Seen: 15 to 23."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -92,11 +95,12 @@ def _package(settings: DeviceSettings, batch_size: int) -> Package:
         return open_package(settings.package, num_threads=settings.threads)
     choice, _ = govern(
         settings.package,
-        settings.memory_mib,
+        settings.memory_mib - LINK_MIB,
         settings.state,
         states_quota_mib=settings.cache_mib,
         batch_size=batch_size,
         num_threads=settings.threads,
+        imports=(__name__,),
     )
     _log.info("device %d: %s, %.0f MiB", settings.number, ", ".join(choice.settings.words), choice.findings.peak_mib)
     return open_package(settings.package, choice.settings, num_threads=settings.threads)

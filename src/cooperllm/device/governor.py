@@ -41,7 +41,15 @@ class Trial:
         return self.findings.cpu_s(SLOPES) + self.findings.cpu_s(ESTIMATE)
 
 
-def tried(package: Path | str, steps: Sequence[Settings], *, batch_size: int, num_threads: int, budget_mib: float | None) -> list[Trial]:
+def tried(
+    package: Path | str,
+    steps: Sequence[Settings],
+    *,
+    batch_size: int,
+    num_threads: int,
+    budget_mib: float | None,
+    imports: Sequence[str] = (),
+) -> list[Trial]:
     """Measures settings from the most frugal on, and stops behind the first that a budget has no room for.
 
     Args:
@@ -50,6 +58,7 @@ def tried(package: Path | str, steps: Sequence[Settings], *, batch_size: int, nu
         batch_size: Texts of a batch, >= 1.
         num_threads: Threads, >= 1.
         budget_mib: Memory of the process, or None.
+        imports: Modules of ours that the device loads besides.
 
     Returns:
         Trials in that order, at least one.
@@ -62,7 +71,7 @@ def tried(package: Path | str, steps: Sequence[Settings], *, batch_size: int, nu
         raise ConfigError("device: found no /proc, expected Linux: what a process uses cannot be measured here; run without --memory-mib")
     trials: list[Trial] = []
     for settings in steps:
-        task = Task(package=str(package), settings=settings, batch_size=batch_size, num_threads=num_threads)
+        task = Task(package=str(package), settings=settings, batch_size=batch_size, num_threads=num_threads, imports=tuple(imports))
         trials.append(Trial(settings=settings, findings=_measured(task)))
         if budget_mib is not None and trials[-1].findings.peak_mib > budget_mib:
             break
@@ -98,7 +107,14 @@ def chosen(trials: Sequence[Trial], budget_mib: float | None) -> Trial:
 
 
 def govern(
-    package: Path | str, budget_mib: float | None, states_directory: Path, *, states_quota_mib: float, batch_size: int, num_threads: int
+    package: Path | str,
+    budget_mib: float | None,
+    states_directory: Path,
+    *,
+    states_quota_mib: float,
+    batch_size: int,
+    num_threads: int,
+    imports: Sequence[str] = (),
 ) -> tuple[Trial, list[Trial]]:
     """Chooses settings for a package on this machine.
 
@@ -109,6 +125,7 @@ def govern(
         states_quota_mib: The most that they may take there, >= 0.
         batch_size: Texts of a batch, >= 1.
         num_threads: Threads, >= 1.
+        imports: Modules of ours that the device loads besides: the link, where it takes part in a run.
 
     Returns:
         (the choice, all that was tried).
@@ -128,7 +145,7 @@ def govern(
     scratch = states_directory / f"trial-{os.getpid()}"  # on the disk that is meant, so that a full one is noticed
     try:
         steps = ladder(str(scratch), states_quota_mib)
-        trials = tried(package, steps, batch_size=batch_size, num_threads=num_threads, budget_mib=budget_mib)
+        trials = tried(package, steps, batch_size=batch_size, num_threads=num_threads, budget_mib=budget_mib, imports=imports)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     meant = [_on_disk(trial, states_directory) for trial in trials]

@@ -4,6 +4,7 @@ The process imports what a device imports and nothing else, opens the package, a
 length. What it has used at most in each phase is what a device with these settings uses.
 """
 
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -39,12 +40,14 @@ class Task:
         settings: How memory is spent.
         batch_size: Texts of a batch, >= 1.
         num_threads: Threads, >= 1.
+        imports: Modules that the device loads besides: the link, where it takes part in a run.
     """
 
     package: str
     settings: Settings
     batch_size: int
     num_threads: int
+    imports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +116,8 @@ def measure(task: Task) -> Findings:
         PackageError: If the package cannot be used.
     """
     loader(task.settings.library)  # which imports the library
+    for module in task.imports:
+        importlib.import_module(module)
     phases = [Phase(name="imports", footprint=footprint(), cpu_s=0.0)]
     resets_peaks = reset_peak()
 

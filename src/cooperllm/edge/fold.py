@@ -154,6 +154,8 @@ def group_of(plan: Plan, edge_id: int, device_id: int) -> int:
 
 def _judge(report: DeviceReport, plan: Plan, num_parameters: int) -> tuple[Outcome, Float32[np.ndarray, "n"] | None]:
     """A report counts only if it answers this very plan; its estimate is decoded on the way."""
+    if report.outcome is Outcome.BEHIND:
+        return Outcome.BEHIND, None
     answers = (report.round_index, report.model_version, report.guide_version)
     if answers != (plan.round_index, plan.model_version, plan.guide_version):
         return Outcome.MISMATCH, None

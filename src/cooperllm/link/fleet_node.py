@@ -146,7 +146,6 @@ class _Fleet:
         run_id = announced.metadata.run_id
         parts = [part.object_id for part in iterate_object_tree(tree)]
         contents = pull_objects(parts, lambda part: self._pull_object(run_id, part), initial_backoff=0.02, backoff_cap=0.5)
-        self._confirm(run_id, announced.metadata.message_id)
         message: Any = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
@@ -167,3 +166,4 @@ class _Fleet:
                 lambda part, content: self._push_object(run_id, session, part, content),
                 object_ids_to_push=wanted,
             )
+        self._confirm(run_id, message.metadata.message_id)  # only now: a node that is killed in between gets the message again

@@ -9,6 +9,7 @@ come back to it.
 
 With `fleet_node` one of the two files that touch what Flower does not promise to keep (pinned: 1.41). Met on the way:
     - A node that was killed counts as online for a minute, and Flower refuses its return until then. Its signature says who it is: let in.
+    - What a node was given before it was killed is never given again. Here it is: our nodes confirm a message when they have answered.
     - A run is only served while a task of it sends heartbeats. Ours has none: it is running because we say so.
     - A reply can be seen before its parts have arrived; Flower then waits for a second, we look again after some milliseconds.
 """
@@ -154,8 +155,12 @@ class _State(InMemoryLinkState):
         return node.node_id
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
-        """Lets a node in, though it may not have said goodbye."""
+        """Lets a node in, though it may not have said goodbye, and gives it again what it was given and has not answered."""
         self.deactivate_node(node_id)
+        with self.lock:
+            for message_id, message in self.message_ins_store.items():
+                if message.metadata.dst_node_id == node_id and message_id not in self.message_ins_id_to_message_res_id:
+                    message.metadata.delivered_at = ""
         return super().activate_node(node_id, heartbeat_interval)
 
 

@@ -51,7 +51,7 @@ Drive = Callable[[Link], None]
 """The run itself: everything above the link."""
 
 IDENTIFY, PROBE = "query.identify", "train.probe"
-POLL_S, START_TIMEOUT_S = 0.02, 600.0
+POLL_S, START_TIMEOUT_S, RETURN_S = 0.02, 600.0, 10.0
 _log = logging.getLogger(__name__)
 _built: dict[str, Devices] = {}
 
@@ -198,8 +198,14 @@ class GridLink:
             with _engine("receiving"):
                 messages = list(self._grid.pull_messages(list(pending)))
             yield from ((pending.pop(message.metadata.reply_to_message_id), message) for message in messages)
+            for message_id in [message_id for message_id, number in pending.items() if self._is_gone(number)]:
+                del pending[message_id]
             if pending and not self._wait(deadline):
                 return
+
+    def _is_gone(self, _number: int) -> bool:
+        """Whether nobody should wait for a node any longer."""
+        return False
 
     def _wait(self, deadline: float) -> bool:
         self._check()
@@ -208,14 +214,35 @@ class GridLink:
 
 
 class FleetLink(GridLink):
-    """The link to nodes in processes of their own: whoever is there when a round begins is asked, nobody is waited for."""
+    """The link to nodes in processes of their own: who is there when a round begins is asked.
 
-    def __init__(self, server: FleetServer, whom: str, timeout_s: float) -> None:
+    Before the first message it waits a while for those that it is for, since all are started at once; later for nobody.
+    """
+
+    def __init__(self, server: FleetServer, whom: str, timeout_s: float, patience_s: float = 30.0) -> None:
         super().__init__(server.grid, len(server.nodes), timeout_s)
-        self.whom, self._server = whom, server
+        self.whom, self._server, self._patience_s = whom, server, patience_s
+        self._seen: dict[int, float] = {}
+
+    def send(self, packed: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
+        """Sends bytes to those nodes that are there, and waits for what they answer."""
+        messages = dict(packed)
+        deadline, self._patience_s = time.monotonic() + self._patience_s, 0.0
+        while not set(messages) <= self._server.online() and self._wait(deadline):
+            pass
+        return super().send(messages.items())
 
     def _find_nodes(self) -> None:
         self._nodes = {number: self._server.nodes[number] for number in self._server.online()}
+        self._seen = dict.fromkeys(self._nodes, time.monotonic())
+
+    def _is_gone(self, number: int) -> bool:
+        """A node that has said goodbye, or sent no heartbeat for a minute, has some seconds to come back."""
+        now = time.monotonic()
+        self._seen |= dict.fromkeys(self._server.online(), now)
+        if now - self._seen[number] > RETURN_S:
+            self.lost_reasons[number] = "went away"
+        return now - self._seen[number] > RETURN_S
 
 
 class InProcessGrid(Grid):

@@ -1,0 +1,205 @@
+"""Three tiers as processes on this machine, with TLS and keys: the same bits as in one process, whoever is killed and comes back.
+
+Run: pytest tests/system/test_deployment.py
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+import cooperllm
+from cooperllm.config import ArmName, EngineName, RuntimeName
+from cooperllm.deployment.enrolment import Places
+from cooperllm.deployment.together import edges_and_devices, prepare
+from cooperllm.run_directory import RunDirectory
+
+ROUNDS = 8
+TIMEOUT_S = 120
+
+
+def config():
+    found = cooperllm.recipe("tiny").with_arm(ArmName.FEEDBACK)
+    return replace(found, num_rounds=ROUNDS, runtime=RuntimeName.ONNX, engine=EngineName.LOOPBACK)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prepared") / "all"
+    prepare(path, config(), Places(cloud="127.0.0.1:1", edges=("127.0.0.1:2", "127.0.0.1:3")), has_texts=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def simulated(prepared, tmp_path_factory):
+    """The same run in one process, with the same package: its digests, round by round."""
+    path = tmp_path_factory.mktemp("simulated") / "run"
+    RunDirectory.create(path, config())
+    shutil.copytree(prepared / "package", path / "package")
+    cooperllm.resume(path)
+    return hashes(path)
+
+
+@pytest.fixture
+def deployment(prepared, tmp_path):
+    """A copy with ports that nobody has, and a new run."""
+    path = tmp_path / "all"
+    shutil.copytree(prepared, path)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        ports = [one.getsockname()[1] for one in sockets]
+    for file in path.glob("*/*.toml"):
+        text = file.read_text()
+        for old, new in zip((1, 2, 3), ports, strict=True):
+            text = text.replace(f'"127.0.0.1:{old}"', f'"127.0.0.1:{new}"')
+        file.write_text(text)
+    return path
+
+
+def hashes(run):
+    return [row["theta_hash"] for row in RunDirectory(run).rounds()]
+
+
+def started(kind, folder):
+    with (folder / f"{kind}.log").open("ab") as said:
+        return subprocess.Popen([sys.executable, "-m", "cooperllm", kind, str(folder / f"{kind}.toml")], stdout=said, stderr=said)
+
+
+@contextlib.contextmanager
+def cloud_of(deployment):
+    process = started("cloud", deployment / "cloud")
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def rounds_done(deployment):
+    return len((deployment / "cloud" / "run" / "rounds.jsonl").read_text().splitlines())
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def words(deployment):
+    return "\n".join(f"{file.parent.name}: {file.read_text()}" for file in deployment.glob("*/*.log"))
+
+
+def ended(process, deployment):
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(TIMEOUT_S)
+    assert process.returncode == 0, words(deployment)
+
+
+def test_processes_with_tls_and_keys_give_the_bits_of_one_process(deployment, simulated):
+    with edges_and_devices(deployment), cloud_of(deployment) as cloud:
+        ended(cloud, deployment)
+    assert hashes(deployment / "cloud" / "run") == simulated
+    assert json.loads((deployment / "cloud" / "run" / "summary.json").read_text())["arms"]["feedback"]["finished"]
+
+
+def test_a_cloud_killed_in_the_middle_goes_on_where_its_log_ends(deployment, simulated):
+    with edges_and_devices(deployment):
+        with cloud_of(deployment):
+            wait_for(lambda: rounds_done(deployment) >= 2, words(deployment))
+        assert rounds_done(deployment) < ROUNDS
+        with cloud_of(deployment) as again:
+            ended(again, deployment)
+    assert hashes(deployment / "cloud" / "run") == simulated
+
+
+def test_devices_and_edges_killed_in_the_middle_come_back_with_or_without_their_disks(deployment):
+    with edges_and_devices(deployment) as processes, cloud_of(deployment) as cloud:
+        wait_for(lambda: rounds_done(deployment) >= 2, words(deployment))
+        edge, device = processes[0], processes[3]
+        for victim in (edge, device):
+            victim.send_signal(signal.SIGKILL)
+            victim.wait()
+        shutil.rmtree(deployment / "device-1" / "state")
+        back = [started("edge", deployment / "edge-0"), started("device", deployment / "device-1")]
+        try:
+            ended(cloud, deployment)
+        finally:
+            for process in back:
+                process.terminate()
+                process.wait()
+    run = deployment / "cloud" / "run"
+    assert len(hashes(run)) == ROUNDS
+    # Every digest of the log is checked again while it is replayed.
+    assert cooperllm.resume(run).summary["arms"]["feedback"]["finished"]
+
+
+def test_nothing_but_the_fleet_paths_is_there_and_they_want_a_signature(deployment):
+    with edges_and_devices(deployment):
+        place = (deployment / "edge-0" / "edge.toml").read_text().split('listen = "')[1].split('"')[0]
+        known = ssl.create_default_context(cafile=deployment / "authority" / "authority.pem")
+        wait_for(lambda: is_open(place), words(deployment))
+
+        def post(path, content=b"", **headers):
+            return httpx.post(f"https://{place}{path}", content=content, headers=headers, verify=known).status_code
+
+        for path in ("/v1/control/list-runs", "/v1/control/start-run", "/v1/runtime/acquire-task", "/docs", "/openapi.json"):
+            assert post(path, **{"content-type": "application/protobuf"}) == 404, path
+        for path in ("/v1/fleet/pull-messages", "/v1/fleet/register-node", "/v1/fleet/activate-node"):
+            assert post(path, **{"content-type": "application/x-protobuf"}) in {401, 415}, path
+        host, _, port = place.rpartition(":")
+        with socket.create_connection((host, int(port))) as plain, known.wrap_socket(plain, server_hostname=host) as secure:
+            secure.sendall(f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: {host}\r\nContent-Length: {1 << 40}\r\n\r\n".encode())
+            assert secure.recv(64).startswith(b"HTTP/1.1 413")
+        with pytest.raises(httpx.ConnectError, match="certificate"):
+            httpx.post(f"https://{place}/v1/fleet/pull-messages")
+
+
+def is_open(place):
+    host, _, port = place.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+        return True
+    return False
+
+
+def test_a_device_whose_key_is_not_enrolled_is_told_so(deployment):
+    (deployment / "edge-0" / "devices" / "0.pem").unlink()
+    with edges_and_devices(deployment) as processes:
+        device = processes[2]
+        device.wait(TIMEOUT_S)
+    assert device.returncode == 1
+    said = (deployment / "device-0" / "device.log").read_text()
+    assert "does not let this node in: expected its key" in said
+    assert "Traceback" not in said
+
+
+def test_a_device_refuses_a_package_of_another_run(deployment):
+    job = deployment / "device-0" / "job.json"
+    job.write_text(job.read_text().replace('"num_parameters":', '"num_parameters":1'))
+    command = [sys.executable, "-m", "cooperllm", "device", str(deployment / "device-0" / "device.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ConfigError" in done.stderr
+    assert "write a package with the settings of the run" in done.stderr
+
+
+def test_what_a_device_has_imported_is_not_pytorch(deployment):
+    unwanted = ("torch", "transformers", "datasets", "uvicorn")
+    program = f"import sys, cooperllm.deployment.device_process; print([name for name in {unwanted} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_process_of_a_tier_keeps_its_secrets_to_its_owner(prepared: Path):
+    for key in [*prepared.glob("*/*.key"), *prepared.glob("*/*/*.key")]:
+        assert key.stat().st_mode & 0o077 == 0, key

@@ -1,0 +1,221 @@
+"""Tiers in processes of their own: whoever comes back gets exactly what it lacks, and nothing that arrives is believed.
+
+Run: pytest tests/unit/test_tiers.py
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import sample_messages
+
+from cooperllm.algorithm import noise, replay
+from cooperllm.algorithm.guidance import digest
+from cooperllm.algorithm.rounding import NO_ROUNDING
+from cooperllm.algorithm.tail import UNKNOWN, Tail
+from cooperllm.config import OptimizerConfig
+from cooperllm.device.host import Host
+from cooperllm.edge import Edge
+from cooperllm.errors import DecodeError, ProtocolError, ReplayMismatchError
+from cooperllm.link.codec import decode, encode
+from cooperllm.link.loopback import Loopback
+from cooperllm.messages import DeviceReport, EdgeAnswer, EdgeOrder, Grouping, Order, Outcome, Probes, RandomTerm
+from cooperllm.tiers import EdgeHost, LocalEdges, RemoteEdges
+
+SIZE = 256
+OPTIMIZER = OptimizerConfig()
+START = replay.start(noise.gaussian(1, 0, SIZE), OPTIMIZER)
+
+
+class Bowl:
+    """A loss |θ|²/2."""
+
+    num_examples, map_shape = 4, (0, SIZE)
+
+    def rounding(self):
+        return NO_ROUNDING
+
+    def evaluate(self, chosen):
+        return lambda points: np.square(points.astype(np.float64)).sum(axis=1).astype(np.float32) / 2, 1
+
+    def differentiate(self, chosen):
+        return lambda theta, directions: (0.5, directions @ theta), 4
+
+    def estimate(self, theta, chosen, maps):
+        return theta, 0.5
+
+
+def history(count):
+    replicas, updates = [START], []
+    for version in range(count):
+        update = sample_messages.update(version, random_terms=(RandomTerm(group=0, coefficients=np.ones(1, np.float32)),))
+        sealed, after = replay.seal(replicas[-1], update, OPTIMIZER)
+        updates.append(sealed)
+        replicas.append(after)
+    return updates, replicas
+
+
+def plan(replica, **changes):
+    asked = sample_messages.plan(
+        round_index=replica.model_version,
+        model_version=replica.model_version,
+        theta_hash=replica.state_hash,
+        guide_hash=digest(np.zeros((0, SIZE), np.float32)),
+        cohort=(0, 1),
+        batch_size=2,
+        probes=Probes(measures_columns=False, num_random=2, grouping=Grouping.DEVICE, column_scale=0.1, random_scale=0.1),
+    )
+    return replace(asked, **changes)
+
+
+def host(latest=None, kept=None):
+    return Host({0: Bowl(), 1: Bowl()}, START, OPTIMIZER, tuple[()], keep=(kept if kept is not None else []).append, latest=latest)
+
+
+class Fleet:
+    """Edges of their own, reached by bytes; some are away."""
+
+    def __init__(self, devices):
+        self.devices, self.away, self.orders = devices, set(), []
+        self.hosts = {0: self.new(0), 1: self.new(1)}
+
+    def new(self, number):
+        return EdgeHost(Edge(number, [number], SIZE), Loopback(self.devices), OPTIMIZER)
+
+    def __call__(self, orders):
+        self.orders += [(number, decode(data, EdgeOrder)) for number, data in orders.items()]
+        return {number: self.hosts[number].answer(data) for number, data in orders.items() if number not in self.away}
+
+
+def close(tiers, replica, updates):
+    """Asks, and hands the next update on."""
+    answers = tiers.ask(plan(replica), replica)
+    tiers.remember(updates[replica.model_version])
+    return answers
+
+
+def test_edges_elsewhere_answer_as_edges_here_do():
+    updates, replicas = history(3)
+    here = LocalEdges([Edge(0, [0], SIZE), Edge(1, [1], SIZE)], Loopback(host()))
+    elsewhere = RemoteEdges([0, 1], Fleet(host()))
+    for replica in replicas[:3]:
+        one, other = close(here, replica, updates), close(elsewhere, replica, updates)
+        assert encode(one.reports) == encode(other.reports)
+        assert (one.answered, one.forward_passes, one.bytes_down, one.bytes_up) == (
+            other.answered, other.forward_passes, other.bytes_down, other.bytes_up,
+        )  # fmt: skip
+
+
+def test_an_edge_is_sent_a_snapshot_once_and_then_what_it_has_missed():
+    updates, replicas = history(4)
+    fleet = Fleet(host())
+    tiers = RemoteEdges([0, 1], fleet)
+    close(tiers, replicas[0], updates)
+    fleet.away = {1}
+    answers = close(tiers, replicas[1], updates)
+    assert [report.edge_id for report in answers.reports] == [0]
+    assert answers.answered == (0,)
+    fleet.away = set()
+    fleet.orders.clear()
+    close(tiers, replicas[2], updates)
+    sent = {number: ([update.model_version for update in order.updates], order.snapshot) for number, order in fleet.orders}
+    assert sent == {0: ([1], None), 1: ([0, 1], None)}
+
+
+def test_an_edge_that_has_lost_its_memory_is_asked_again_in_the_same_round():
+    updates, replicas = history(2)
+    fleet = Fleet(host())
+    tiers = RemoteEdges([0, 1], fleet)
+    close(tiers, replicas[0], updates)
+    fleet.hosts[1] = fleet.new(1)
+    fleet.orders.clear()
+    answers = tiers.ask(plan(replicas[1]), replicas[1])
+    assert [report.edge_id for report in answers.reports] == [0, 1]
+    assert [(number, order.snapshot is not None) for number, order in fleet.orders] == [(0, False), (1, False), (1, True)]
+
+
+def test_a_device_that_has_lost_its_disk_is_asked_again_in_the_same_round():
+    updates, replicas = history(3)
+    edge = Edge(0, [0], SIZE)
+    tiers = LocalEdges([edge], Loopback(host()))
+    close(tiers, replicas[0], updates)
+    close(tiers, replicas[1], updates)
+    new = LocalEdges([edge], Loopback(host()))
+    answers = new.ask(plan(replicas[2]), replicas[2])
+    assert answers.answered == (0,)
+    assert answers.reports[0].num_devices == 1
+    assert answers.reports[0].dropped == {}
+
+
+def test_a_device_that_stays_behind_is_counted():
+    _, replicas = history(3)
+
+    class Forgetful:
+        def answer(self, data):
+            return host().answer(encode(replace(decode(data, Order), updates=(), snapshot=None)))
+
+    answers = LocalEdges([Edge(0, [0], SIZE)], Loopback(Forgetful())).ask(plan(replicas[2]), replicas[2])
+    assert answers.answered == ()
+    assert answers.reports[0].dropped == {Outcome.BEHIND: 1}
+
+
+def test_a_device_keeps_every_state_that_it_reaches_and_goes_on_from_it():
+    updates, replicas = history(2)
+    kept = []
+    device = host(kept=kept)
+    order = Order(device_id=0, group=0, plan=plan(replicas[2]), updates=tuple(updates), snapshot=None)
+    device.answer(encode(order))
+    assert [replica.state_hash for replica in kept] == [replicas[2].state_hash]
+    again = host(latest=kept[0])
+    report = decode(again.answer(encode(replace(order, updates=()))), DeviceReport)
+    assert report.outcome is Outcome.OK
+
+
+def test_a_device_answers_for_itself_alone():
+    with pytest.raises(ProtocolError, match=r"device 7 addressed, \[0, 1\] found here"):
+        host().answer(encode(Order(device_id=7, group=0, plan=plan(START), updates=(), snapshot=None)))
+
+
+def test_an_edge_whose_state_went_wrong_says_so_and_starts_again():
+    updates, replicas = history(1)
+    edge = Fleet(host()).new(0)
+    wrong = replace(replicas[0], theta=replicas[0].theta + np.float32(1))
+    order = EdgeOrder(edge_id=0, plan=plan(replicas[0]), updates=(), snapshot=wrong.snapshot())
+    with pytest.raises(ReplayMismatchError, match="the edge starts again from a snapshot"):
+        edge.answer(encode(order))
+    assert decode(edge.answer(encode(replace(order, snapshot=None))), EdgeAnswer).model_version == UNKNOWN
+    assert updates
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        b"",
+        b"\xc1",
+        encode(EdgeAnswer(edge_id=1, model_version=0, report=None, answered=(), forward_passes=0, bytes_down=0, bytes_up=0)),
+    ],
+    ids=["nothing", "noise", "another edge's"],
+)
+def test_an_answer_that_is_none_costs_its_edge_the_round(forged, caplog):
+    answers = RemoteEdges([0], lambda orders: dict.fromkeys(orders, forged)).ask(plan(START), START)
+    assert answers.reports == ()
+    assert "edge 0 is lost" in caplog.text
+
+
+def test_no_tail_is_longer_than_a_snapshot():
+    """Three updates of 960 bytes, a snapshot of 2048: two of them fit."""
+    updates, replicas = history(3)
+    tail = Tail({0: 0, 1: 1})
+    for update in updates:
+        tail.remember(update, 960)
+    assert tail.missed(1, replicas[3])[0] == tuple(updates[1:])
+    assert tail.missed(0, replicas[3])[1] is not None
+    tail.note([0, 1, 99], 3)
+    assert tail.versions == {0: 3, 1: 3}
+
+
+def test_snapshots_of_another_model_are_refused():
+    edge = Fleet(host()).new(0)
+    small = replay.start(np.zeros(3, np.float32), OPTIMIZER)
+    with pytest.raises(DecodeError, match="snapshot: vectors of lengths"):
+        edge.answer(encode(EdgeOrder(edge_id=0, plan=plan(START), updates=(), snapshot=small.snapshot())))
