@@ -237,6 +237,7 @@ app.command("enroll")(deployment_commands.enroll_command)
 app.command("up")(deployment_commands.up_command)
 app.command("cloud")(deployment_commands.cloud_command)
 app.command("edge")(deployment_commands.edge_command)
+app.command("status")(deployment_commands.status_command)
 app.command("device")(deployment_commands.device_command)
 
 

@@ -1,5 +1,6 @@
 """The commands of a deployment: one for each tier, one that writes what they need, one that starts all of them here."""
 
+import datetime
 import logging
 import os
 import signal
@@ -160,6 +161,13 @@ def cloud_command(settings: SettingsFile) -> None:
     """Train, with edges and devices elsewhere; started again, it goes on where its log ends."""
     quieten()
     _cloud(settings)
+
+
+def status_command(run: Annotated[Path, typer.Argument(help="A run directory, such as fleet/cloud/run.")]) -> None:
+    """Say where a run is, who answered last, and who was lost."""
+    from cooperllm.status import status_words  # noqa: PLC0415 -- of the extra `cloud`
+
+    console.print(status_words(run, datetime.datetime.now(datetime.UTC)), highlight=False, soft_wrap=True)
 
 
 def edge_command(settings: SettingsFile) -> None:

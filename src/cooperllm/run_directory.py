@@ -100,6 +100,14 @@ class RunDirectory:
         except filelock.Timeout as error:
             raise RunDirectoryError(f"{self.path}: another process is writing to this run; wait for it or stop it") from error
 
+    def is_busy(self) -> bool:
+        """Tells whether a process is writing to the run."""
+        try:
+            with filelock.FileLock(self.path / LOCK, timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
+
     def config(self) -> RunConfig:
         """Reads the settings.
 

@@ -21,7 +21,7 @@ from cooperllm.assembly import Assembly, Material, assemble, make_devices
 from cooperllm.cloud import Cloud
 from cooperllm.config import EngineName, RunConfig, to_plain
 from cooperllm.edge import Edge
-from cooperllm.errors import QuorumError, RunDirectoryError
+from cooperllm.errors import ConfigError, QuorumError, RunDirectoryError
 from cooperllm.link import flower
 from cooperllm.link.base import Link
 from cooperllm.link.codec import encode
@@ -72,6 +72,7 @@ def run(config: RunConfig, directory: Path | str, observe: Observer | None = Non
     Raises:
         CooperLLMError: See `cooperllm.errors`; what was done so far stays in the directory.
     """
+    _check_engine(config)
     material = Material(config)
     material.check([config.arm.name])
     return _continued(RunDirectory.create(Path(directory), config), material, observe)
@@ -149,9 +150,18 @@ def _continued(files: RunDirectory, material: Material | None, observe: Observer
     with files.locked():
         updates = files.repair()
         if len(updates) < config.num_rounds:
+            _check_engine(config)
             assembly.package()
             _carried_by(config, assembly, partial(_simulated, files, assembly, updates, observe))
         return _finished(files, assembly, draws=draws)
+
+
+def _check_engine(config: RunConfig) -> None:
+    if config.engine is EngineName.FLEET:
+        raise ConfigError(
+            "engine: found fleet, expected grid, loopback or simulation: the devices of such a run are elsewhere; "
+            "`cooperllm up` or `cooperllm enroll` begins one, `cooperllm cloud` goes on with it"
+        )
 
 
 def _carried_by(config: RunConfig, assembly: Assembly, drive: Callable[[Link], None]) -> None:

@@ -22,6 +22,7 @@ import cooperllm
 from cooperllm.config import ArmName, EngineName, RuntimeName
 from cooperllm.deployment.enrolment import Places
 from cooperllm.deployment.together import edges_and_devices, prepare
+from cooperllm.errors import ConfigError
 from cooperllm.run_directory import RunDirectory
 
 ROUNDS = 8
@@ -142,6 +143,11 @@ def test_devices_and_edges_killed_in_the_middle_come_back_with_or_without_their_
     assert len(hashes(run)) == ROUNDS
     # Every digest of the log is checked again while it is replayed.
     assert cooperllm.resume(run).summary["arms"]["feedback"]["finished"]
+
+
+def test_a_run_whose_devices_are_elsewhere_is_not_simulated_by_mistake(prepared):
+    with pytest.raises(ConfigError, match="`cooperllm cloud` goes on with it"):
+        cooperllm.resume(prepared / "cloud" / "run")
 
 
 def test_nothing_but_the_fleet_paths_is_there_and_they_want_a_signature(deployment):

@@ -20,11 +20,12 @@ class OptimizerKind(Enum):
 
 
 class EngineName(Enum):
-    """What carries messages between the tiers."""
+    """What carries messages between the tiers; FLEET: they are processes, which have commands of their own."""
 
     LOOPBACK = "loopback"
     GRID = "grid"
     SIMULATION = "simulation"
+    FLEET = "fleet"
 
 
 class Variant(Enum):

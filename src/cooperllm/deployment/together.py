@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cooperllm.assembly import VARIANTS, Material, write_device_package
-from cooperllm.config import RunConfig, Variant
+from cooperllm.config import EngineName, RunConfig, RuntimeName
 from cooperllm.deployment.cloud_process import check_deployable
 from cooperllm.deployment.enrolment import Places, enroll
 from cooperllm.deployment.settings import Job
@@ -33,13 +34,15 @@ def prepare(directory: Path, config: RunConfig, places: Places, *, has_texts: bo
         ConfigError: If a setting, an address or the directory will not do.
     """
     check_deployable(config)
+    runtime = RuntimeName.ONNX if config.runtime is RuntimeName.TORCH else config.runtime
+    config = replace(config, engine=EngineName.FLEET, runtime=runtime)
     if len(places.edges) != config.federation.num_edges:
         raise ConfigError(f"edges: found {len(places.edges)} addresses, expected {config.federation.num_edges} (federation.num_edges)")
     material = Material(config)
     material.check([config.arm.name])
     enroll(directory, Job(config=config, num_parameters=material.model.layout.size), places)
     RunDirectory.create(directory / "cloud" / "run", config)
-    write_device_package(config, material, directory / "package", VARIANTS.get(config.runtime, Variant.FP32))
+    write_device_package(config, material, directory / "package", VARIANTS[config.runtime])
     private = material.task.private
     for number, shard in enumerate(material.shards if has_texts else ()):
         rows = [{"text": private.texts[index], "label": private.labels[index]} for index in shard]
