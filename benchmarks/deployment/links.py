@@ -16,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,24 +142,42 @@ def processes(hosts: list[Host], directory: Path) -> Iterator[subprocess.Popen[b
             process.kill()
 
 
+def on_the_wire(hosts: list[Host]) -> tuple[int, int]:
+    """Counts what has gone to and from all devices so far, headers, handshakes and heartbeats included."""
+    folders = [Path(f"/sys/class/net/{host.namespace}b/statistics") for host in hosts if host.kind == "device"]
+    to, by = (sum(int((folder / f"{way}_bytes").read_text()) for folder in folders) for way in ("tx", "rx"))
+    return to, by
+
+
 def measured(directory: Path, hosts: list[Host], rate: float, timeout_s: float) -> dict[str, float]:
     """Runs a deployment with a rate of every device's link, a quarter of it up, and sums its rounds up."""
+    file = directory / "cloud" / "run" / "rounds.jsonl"
+    deadline = time.monotonic() + timeout_s
+    seen: list[tuple[int, tuple[int, int]]] = []
     with network(hosts):
         for host in hosts:
             if host.kind == "device":
                 limit(host, rate, rate / 4)
         with processes(hosts, directory) as cloud:
-            cloud.wait(timeout_s)
-    rows = [json.loads(line) for line in (directory / "cloud" / "run" / "rounds.jsonl").read_text().splitlines()]
+            while cloud.poll() is None and time.monotonic() < deadline:
+                done = len(file.read_text().splitlines())
+                if done >= WARM_UP_ROUNDS and (not seen or done > seen[-1][0]):
+                    seen.append((done, on_the_wire(hosts)))
+                time.sleep(0.02)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row for row in rows[WARM_UP_ROUNDS:] if row["accuracy"] is None]
     devices = len(rows[0]["answered"])
+    (begun, before), (ended, after) = seen[0], seen[-2]  # the last round is followed by an evaluation
     down, up = (statistics.median(row[name] for row in rows) / devices for name in ("bytes_down", "bytes_up"))
+    wire_down, wire_up = ((later - earlier) / (ended - begun) / devices for later, earlier in zip(after, before, strict=True))
     return {
         "round_s": statistics.median(row["seconds"] for row in rows),
         "slowest_round_s": max(row["seconds"] for row in rows),
         "bytes_down": down,
         "bytes_up": up,
-        "transfer_s": 8e-6 * (down / rate + up / (rate / 4)) if rate else 0.0,
+        "wire_down": wire_down,
+        "wire_up": wire_up,
+        "transfer_s": 8e-6 * (wire_down / rate + wire_up / (rate / 4)) if rate else 0.0,
         "lost": sum(sum(row["dropped"].values()) for row in rows),
     }
 
@@ -188,7 +207,7 @@ def main() -> None:
     whole = arguments.work / "prepared"
     if not whole.exists():
         prepare(whole, config, places, has_texts=True)
-    print("| Mbit/s down, up | round, median | slowest | to a device | from it | of which transfer at that rate | lost |")
+    print("| Mbit/s down, up | round, median | slowest | messages to, from a device | on the wire to, from it | wire at that rate | lost |")
     print("|---|---|---|---|---|---|---|")
     for rate in arguments.rates:
         directory = arguments.work / f"rate-{rate:g}"
@@ -197,8 +216,10 @@ def main() -> None:
         found = measured(directory, hosts, rate, arguments.timeout_s)
         speed = f"{rate:g}, {rate / 4:g}" if rate else "no limit"
         print(
-            f"| {speed} | {found['round_s']:.2f} s | {found['slowest_round_s']:.2f} s | {found['bytes_down'] / 1e3:.1f} kB | "
-            f"{found['bytes_up'] / 1e3:.1f} kB | {found['transfer_s']:.2f} s | {found['lost']:.0f} |",
+            f"| {speed} | {found['round_s']:.2f} s | {found['slowest_round_s']:.2f} s "
+            f"| {found['bytes_down'] / 1e3:.1f}, {found['bytes_up'] / 1e3:.1f} kB "
+            f"| {found['wire_down'] / 1e3:.1f}, {found['wire_up'] / 1e3:.1f} kB "
+            f"| {found['transfer_s']:.2f} s | {found['lost']:.0f} |",
             flush=True,
         )
 

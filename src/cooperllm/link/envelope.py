@@ -1,8 +1,13 @@
-"""Our bytes in a message of Flower's: an `Array`, which Flower cuts into chunks where it does not cut a `ConfigRecord`."""
+"""Our bytes in a message of Flower's: short ones in a record, long ones in an `Array`, which Flower cuts into chunks.
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+Every part of a message is a request of its own: a record has one, an array three.
+"""
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from cooperllm.errors import DecodeError
+
+SHORT_BYTES = 1 << 20
 
 
 def wrap(data: bytes) -> RecordDict:
@@ -15,9 +20,11 @@ def wrap(data: bytes) -> RecordDict:
         Content for `Message`.
 
     Example:
-        >>> wrap(b"ab").array_records["message"]["bytes"].shape
-        (2,)
+        >>> list(wrap(b"ab").config_records), list(wrap(bytes(1 << 21)).array_records)
+        (['message'], ['message'])
     """
+    if len(data) <= SHORT_BYTES:
+        return RecordDict({"message": ConfigRecord({"bytes": data})})
     return RecordDict({"message": ArrayRecord({"bytes": Array("uint8", (len(data),), "cooperllm.msgpack", data)})})
 
 
@@ -35,7 +42,10 @@ def unwrap(message: Message) -> bytes:
     """
     if message.has_error():
         raise DecodeError(f"{message.error.reason} (Flower's code {message.error.code})")
-    try:
-        return message.content.array_records["message"]["bytes"].data
-    except KeyError as error:
-        raise DecodeError("an answer without our bytes") from error
+    match message.content.get("message"):
+        case ConfigRecord() as record if isinstance(data := record.get("bytes"), bytes):
+            return data
+        case ArrayRecord() as record if (array := record.get("bytes")) is not None:
+            return array.data
+        case _:
+            raise DecodeError("an answer without our bytes")

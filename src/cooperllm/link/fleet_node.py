@@ -3,8 +3,8 @@
     serve(server) --pull--> message's bytes --answer--> bytes --push--> server
 
 Flower's own SuperNode starts a process for every message, which would load the model anew each time. A node runs what is installed on it:
-no code comes over the link. It looks for messages often while there is work, less often when there is none, and comes back by itself after
-a server or a network was away.
+no code comes over the link. Its question for work is kept open by `fleet_server` until there is some, and it comes back by itself after a
+server or a network was away. It has one connection for all parts of a message: another would cost a slow link a handshake.
 
 With `fleet_server` one of the two files that touch what Flower does not promise to keep (pinned: 1.41). Its connection ends the process
 where it cannot be made (`flwr_exit`), and interrupts it where a key is no longer known; here both are a `LinkError` that says so.
@@ -37,7 +37,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from cooperllm.errors import ConfigError, LinkError
 from cooperllm.link.envelope import unwrap, wrap
 
-BUSY_POLL_S, IDLE_POLL_S, IDLE_AFTER_S = 0.02, 0.5, 10.0
+POLL_S = 0.2
 RETURN_AFTER_S, CONNECT_TIMEOUT_S = 2.0, 10.0
 _log = logging.getLogger(__name__)
 
@@ -123,14 +123,13 @@ def _connected(server: Server, key: ec.EllipticCurvePrivateKey, answer: Answer, 
 
 
 def _loop(fleet: "_Fleet", answer: Answer, stop: threading.Event) -> None:
-    last = time.monotonic()
     while not stop.is_set():
+        asked = time.monotonic()
         received = fleet.receive()
-        if received is None:
-            stop.wait(BUSY_POLL_S if time.monotonic() - last < IDLE_AFTER_S else IDLE_POLL_S)
-            continue
-        fleet.reply(fleet.whole(*received), answer)
-        last = time.monotonic()
+        if received is not None:
+            fleet.reply(fleet.whole(*received), answer)
+        elif time.monotonic() - asked < POLL_S:  # a server that does not keep the question open
+            stop.wait(POLL_S)
 
 
 class _Fleet:
@@ -145,7 +144,9 @@ class _Fleet:
     def whole(self, announced: Message, tree: Any) -> Message:
         run_id = announced.metadata.run_id
         parts = [part.object_id for part in iterate_object_tree(tree)]
-        contents = pull_objects(parts, lambda part: self._pull_object(run_id, part), initial_backoff=0.02, backoff_cap=0.5)
+        contents = pull_objects(
+            parts, lambda part: self._pull_object(run_id, part), max_concurrent_pulls=1, initial_backoff=0.02, backoff_cap=0.5
+        )
         message: Any = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message

@@ -14,15 +14,17 @@ With `fleet_node` one of the two files that touch what Flower does not promise t
     - A reply can be seen before its parts have arrived; Flower then waits for a second, we look again after some milliseconds.
 """
 
+import contextlib
 import hashlib
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import flwr
 import uvicorn
 from fastapi import FastAPI, HTTPException
@@ -48,6 +50,11 @@ from cooperllm.errors import LinkError
 
 KNOWN_FLOWER = "1.41.0"
 START_TIMEOUT_S, STOP_TIMEOUT_S, PART_TIMEOUT_S = 30.0, 10.0, 60.0
+HOLD_S = 2.0
+"""How long a node's question for work is kept open; below Flower's patience of 30 s, and short enough for a node to end."""
+
+MOST_HELD = 4000
+"""Questions that may be open at the same time, each in a thread of its own."""
 LARGEST_REQUEST_BYTES = 64 << 20
 """Larger requests are refused before they are read: what a device sends at once is cut into chunks of a few MB."""
 
@@ -113,7 +120,7 @@ class FleetServer:
         self._socket = _listening(address)
         self.address = Address(host=address.host, port=self._socket.getsockname()[1])
         tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": certificate.chain, "ssl_keyfile": certificate.key}
-        self._server = uvicorn.Server(uvicorn.Config(_app(self._state), log_config=None, access_log=False, lifespan="off", **tls))
+        self._server = uvicorn.Server(uvicorn.Config(_app(self._state), log_config=None, access_log=False, lifespan="on", **tls))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="fleet", daemon=True)
 
     def __enter__(self) -> "FleetServer":
@@ -126,9 +133,17 @@ class FleetServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._state.is_ending = True
+        with self._state.news:
+            self._state.news.notify_all()
         self._server.should_exit = True
         self._thread.join(STOP_TIMEOUT_S)
         self._socket.close()
+
+    def wait_for_news(self, seconds: float) -> None:
+        """Waits until a message has been sent to or by a node, but not for long."""
+        with self._state.news:
+            self._state.news.wait(seconds)
 
     def online(self) -> set[int]:
         """Lists our numbers of the nodes that are there."""
@@ -138,6 +153,28 @@ class FleetServer:
 
 class _State(InMemoryLinkState):
     """Flower's link state, of one run that is always running, into which a node may come back at once."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.news, self.is_ending = threading.Condition(), False
+
+    def store_message_and_object_tree(self, message: Message, object_tree: Any, session_id: str) -> tuple[bool, list[str]]:
+        """Takes a message, and wakes whoever waits for one."""
+        stored = super().store_message_and_object_tree(message, object_tree, session_id)
+        with self.news:
+            self.news.notify_all()
+        return stored
+
+    def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
+        """Waits a while for a message to a node: one request in two seconds, where looking often would fill a slow link."""
+        deadline = time.monotonic() + (0.0 if node_id == SUPERLINK_NODE_ID else HOLD_S)
+        with self.news:
+            while True:
+                found = super().get_message_ins(node_id, limit, run_id=run_id)
+                left = deadline - time.monotonic()
+                if found or left <= 0 or self.is_ending:
+                    return found
+                self.news.wait(left)
 
     def begin(self, run_id: int) -> None:
         """Calls the run's task running: no other process claims it."""
@@ -246,7 +283,13 @@ class _Limit:
 
 
 def _app(state: _State) -> FastAPI:
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = MOST_HELD
+        yield
+
     app = FastAPI(
+        lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
         openapi_url=None,

@@ -236,6 +236,10 @@ class FleetLink(GridLink):
         self._nodes = {number: self._server.nodes[number] for number in self._server.online()}
         self._seen = dict.fromkeys(self._nodes, time.monotonic())
 
+    def _wait(self, deadline: float) -> bool:
+        self._server.wait_for_news(POLL_S)
+        return time.monotonic() < deadline
+
     def _is_gone(self, number: int) -> bool:
         """A node that has said goodbye, or sent no heartbeat for a minute, has some seconds to come back."""
         now = time.monotonic()
