@@ -168,6 +168,16 @@ def test_the_pool_keeps_the_newest_gradients_first():
     assert np.array_equal(other.pool(), maker.pool())
 
 
+def test_a_round_that_is_planned_once_more_has_one_gradient_in_the_pool():
+    maker = maker_of([0, 1, 2, 0], pool_size=3)
+    theta = noise.gaussian(3, 0, SIZE)
+    first, _ = maker.gradient(theta, 1)
+    again, _ = maker.gradient(theta, 1)
+    later, _ = maker.gradient(theta, 2)
+    assert np.array_equal(first, again)
+    assert [vector.tobytes() for vector in maker.pool()] == [later.tobytes(), first.tobytes()]
+
+
 def test_a_missing_class_is_noticed():
     assert maker_of(EVERY_CLASS).has_every_class
     assert not maker_of(ONE_CLASS).has_every_class

@@ -62,6 +62,7 @@ class GuideMaker:
         self._batch_size = batch_size
         self.pool_size = pool_size
         self._pool: deque[np.ndarray] = deque(maxlen=pool_size)
+        self._latest_seed: int | None = None
 
     @cached_property
     def has_every_class(self) -> bool:
@@ -80,7 +81,10 @@ class GuideMaker:
         """
         chosen = noise.permutation(seed, PUBLIC_BATCH, len(self._public))[: self._batch_size]
         gradient, loss = self._gradient(theta, chosen, self._public.labels[chosen])
+        if seed == self._latest_seed:  # a round that is planned once more
+            self._pool.popleft()
         self._pool.appendleft(gradient)
+        self._latest_seed = seed
         return gradient, loss
 
     def basis(self, theta: Float32[np.ndarray, "n"], seed: int, num_examples: int) -> Float32[np.ndarray, "K n"]:
