@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit system clean
+.PHONY: help setup demo test check unit system faults clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,6 +38,9 @@ unit: $(STAMP)  ## arithmetic, properties, the house rules, every example in the
 
 system: $(STAMP)  ## whole runs: the default model, every engine, the command line; two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/system --numprocesses 2 --dist loadfile
+
+faults: $(STAMP)  ## twenty random sequences of kills of real processes; minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

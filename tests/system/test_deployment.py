@@ -11,100 +11,32 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+from deployments import TIMEOUT_S, cloud_of, copied, ended, hashes, prepared_in, rounds_done, simulated_in, started, wait_for, words
 
 import cooperllm
-from cooperllm.config import ArmName, EngineName, RuntimeName
-from cooperllm.deployment.enrolment import Places
-from cooperllm.deployment.together import edges_and_devices, prepare
+from cooperllm.deployment.together import edges_and_devices
 from cooperllm.errors import ConfigError
-from cooperllm.run_directory import RunDirectory
 
 ROUNDS = 8
-TIMEOUT_S = 120
-
-
-def config():
-    found = cooperllm.recipe("tiny").with_arm(ArmName.FEEDBACK)
-    return replace(found, num_rounds=ROUNDS, runtime=RuntimeName.ONNX, engine=EngineName.LOOPBACK)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prepared") / "all"
-    prepare(path, config(), Places(cloud="127.0.0.1:1", edges=("127.0.0.1:2", "127.0.0.1:3")), has_texts=True)
-    return path
+    return prepared_in(tmp_path_factory.mktemp("prepared") / "all", ROUNDS)
 
 
 @pytest.fixture(scope="module")
 def simulated(prepared, tmp_path_factory):
-    """The same run in one process, with the same package: its digests, round by round."""
-    path = tmp_path_factory.mktemp("simulated") / "run"
-    RunDirectory.create(path, config())
-    shutil.copytree(prepared / "package", path / "package")
-    cooperllm.resume(path)
-    return hashes(path)
+    return simulated_in(tmp_path_factory.mktemp("simulated") / "run", prepared, ROUNDS)
 
 
 @pytest.fixture
 def deployment(prepared, tmp_path):
-    """A copy with ports that nobody has, and a new run."""
-    path = tmp_path / "all"
-    shutil.copytree(prepared, path)
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        ports = [one.getsockname()[1] for one in sockets]
-    for file in path.glob("*/*.toml"):
-        text = file.read_text()
-        for old, new in zip((1, 2, 3), ports, strict=True):
-            text = text.replace(f'"127.0.0.1:{old}"', f'"127.0.0.1:{new}"')
-        file.write_text(text)
-    return path
-
-
-def hashes(run):
-    return [row["theta_hash"] for row in RunDirectory(run).rounds()]
-
-
-def started(kind, folder):
-    with (folder / f"{kind}.log").open("ab") as said:
-        return subprocess.Popen([sys.executable, "-m", "cooperllm", kind, str(folder / f"{kind}.toml")], stdout=said, stderr=said)
-
-
-@contextlib.contextmanager
-def cloud_of(deployment):
-    process = started("cloud", deployment / "cloud")
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def rounds_done(deployment):
-    return len((deployment / "cloud" / "run" / "rounds.jsonl").read_text().splitlines())
-
-
-def wait_for(condition, what):
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-def words(deployment):
-    return "\n".join(f"{file.parent.name}: {file.read_text()}" for file in deployment.glob("*/*.log"))
-
-
-def ended(process, deployment):
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(TIMEOUT_S)
-    assert process.returncode == 0, words(deployment)
+    return copied(prepared, tmp_path / "all")
 
 
 def test_processes_with_tls_and_keys_give_the_bits_of_one_process(deployment, simulated):

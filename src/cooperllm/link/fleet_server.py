@@ -11,7 +11,7 @@ With `fleet_node` one of the two files that touch what Flower does not promise t
     - A node that was killed counts as online for a minute, and Flower refuses its return until then. Its signature says who it is: let in.
     - What a node was given before it was killed is never given again. Here it is: our nodes confirm a message when they have answered.
     - A run is only served while a task of it sends heartbeats. Ours has none: it is running because we say so.
-    - A reply can be seen before its parts have arrived; Flower then waits for a second, we look again after some milliseconds.
+    - A reply can be seen before its parts have arrived, and is in the way of another if its sender was killed: it counts when whole.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.error import http_error_translator
-from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
@@ -49,7 +50,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from cooperllm.errors import LinkError
 
 KNOWN_FLOWER = "1.41.0"
-START_TIMEOUT_S, STOP_TIMEOUT_S, PART_TIMEOUT_S = 30.0, 10.0, 60.0
+START_TIMEOUT_S, STOP_TIMEOUT_S = 30.0, 10.0
 HOLD_S = 2.0
 """How long a node's question for work is kept open; below Flower's patience of 30 s, and short enough for a node to end."""
 
@@ -192,13 +193,28 @@ class _State(InMemoryLinkState):
         return node.node_id
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
-        """Lets a node in, though it may not have said goodbye, and gives it again what it was given and has not answered."""
-        self.deactivate_node(node_id)
-        with self.lock:
+        """Lets a node in, though it may not have said goodbye, and gives it again what it was given and has not answered in full."""
+        with self.lock:  # at no moment is the node away for whoever waits for it
+            self.deactivate_node(node_id)
             for message_id, message in self.message_ins_store.items():
-                if message.metadata.dst_node_id == node_id and message_id not in self.message_ins_id_to_message_res_id:
+                if message.metadata.dst_node_id == node_id and not self._has_whole_reply(message_id):
+                    self.message_res_store.pop(self.message_ins_id_to_message_res_id.pop(message_id, ""), None)
                     message.metadata.delivered_at = ""
-        return super().activate_node(node_id, heartbeat_interval)
+            return super().activate_node(node_id, heartbeat_interval)
+
+    def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
+        """Hands out replies that are there with all their parts; what is wrong with others is Flower's to say."""
+        with self.lock:
+            partial = {one for one in message_ids if one in self.message_ins_id_to_message_res_id and not self._has_whole_reply(one)}
+            return super().get_message_res(message_ids - partial, run_id)
+
+    def _has_whole_reply(self, message_id: str) -> bool:
+        reply = self.message_ins_id_to_message_res_id.get(message_id)
+        try:
+            tree = None if reply is None else self.object_store.get_object_tree(reply)
+        except NoObjectInStoreError:
+            return False
+        return tree is not None and all(self.object_store.get(part.object_id) for part in iterate_object_tree(tree))
 
 
 class _Grid(HttpGrid):
@@ -238,13 +254,8 @@ class _Direct:
         return runtime_handlers.push_object(request, **self._given)
 
     def PullObject(self, request: Any) -> Any:  # noqa: N802
-        """Hands out a part of a reply, and waits for one that is announced."""
-        deadline = time.monotonic() + PART_TIMEOUT_S
-        found = runtime_handlers.pull_object(request, **self._given)
-        while found.object_found and not found.object_available and time.monotonic() < deadline:
-            time.sleep(0.005)
-            found = runtime_handlers.pull_object(request, **self._given)
-        return found
+        """Hands out a part of a reply."""
+        return runtime_handlers.pull_object(request, **self._given)
 
     def ConfirmMessageReceived(self, request: Any) -> Any:  # noqa: N802
         """Forgets a reply."""
