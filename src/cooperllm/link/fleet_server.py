@@ -19,7 +19,7 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class FleetServer:
         self._socket = _listening(address)
         self.address = Address(host=address.host, port=self._socket.getsockname()[1])
         tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": certificate.chain, "ssl_keyfile": certificate.key}
-        self._server = uvicorn.Server(uvicorn.Config(_app(self._state), log_config=None, access_log=False, lifespan="on", **tls))
+        self._server = uvicorn.Server(uvicorn.Config(_app(self._state), log_config=None, access_log=False, lifespan="on", ws="none", **tls))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="fleet", daemon=True)
 
     def __enter__(self) -> "FleetServer":
@@ -129,6 +129,7 @@ class FleetServer:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > deadline:
+                self._socket.close()
                 raise LinkError(f"{self.address}: the server did not start; see its words above")
             time.sleep(0.01)
         return self
@@ -295,7 +296,7 @@ class _Limit:
 
 def _app(state: _State) -> FastAPI:
     @contextlib.asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = MOST_HELD
         yield
 

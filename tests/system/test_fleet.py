@@ -1,0 +1,130 @@
+"""Flower's fleet protocol as we use it, without a model: what `fleet_server` and `fleet_node` rely on, and what they add.
+
+A change of Flower's that breaks one of these would break every deployment.
+
+Run: pytest tests/system/test_fleet.py
+"""
+
+import contextlib
+import threading
+import time
+
+import flwr
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.supernode.fleet_http_connection import http_request_response
+
+from cooperllm.errors import LinkError
+from cooperllm.link.fleet_node import Server, read_private_key, serve
+from cooperllm.link.fleet_server import Address, FleetServer
+from cooperllm.link.flower import FleetLink
+
+HERE = Address(host="127.0.0.1", port=0)
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """Two nodes' key files and public keys."""
+    found = {}
+    for number in (3, 5):
+        key = ec.generate_private_key(ec.SECP384R1())
+        kinds = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        (tmp_path / f"{number}.key").write_bytes(key.private_bytes(*kinds))
+        public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        found[number] = tmp_path / f"{number}.key", public
+    return found
+
+
+@contextlib.contextmanager
+def serving(keys, numbers=(3, 5)):
+    with FleetServer({number: keys[number][1] for number in numbers}, HERE, None) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def node(server, file, answer):
+    """A node in a thread of this process, until the end."""
+    stop = threading.Event()
+    thread = threading.Thread(target=serve, args=(Server(address=str(server.address), key=file, authority=None), answer, stop))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1, 12 << 20])
+def test_bytes_come_back_as_they_were_sent_in_one_part_or_in_chunks(keys, size):
+    data = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    with serving(keys) as server, node(server, keys[3][0], lambda found: found[::-1]):
+        assert FleetLink(server, "node", 60).send([(3, data)]) == {3: data[::-1]}
+
+
+def test_what_a_node_raises_is_a_reason_and_the_next_message_is_answered(keys):
+    def answer(data):
+        if data == b"bad":
+            raise ValueError("not this one")
+        return data
+
+    with serving(keys) as server, node(server, keys[3][0], answer):
+        link = FleetLink(server, "node", 60)
+        assert link.send([(3, b"bad")]) == {}
+        assert "ValueError: not this one" in link.lost_reasons[3]
+        assert link.send([(3, b"good")]) == {3: b"good"}
+        assert link.lost_reasons == {}
+
+
+def test_who_is_not_there_is_not_waited_for_after_the_beginning(keys):
+    with serving(keys) as server, node(server, keys[3][0], lambda data: data):
+        link = FleetLink(server, "node", 60, patience_s=0.5)
+        assert link.send([(3, b"a"), (5, b"b")]) == {3: b"a"}
+        assert link.lost_reasons == {5: "not connected"}
+        begun = time.monotonic()
+        assert link.send([(5, b"b")]) == {}
+        assert time.monotonic() - begun < 0.5
+
+
+def test_a_message_whose_node_was_killed_is_given_again_when_it_comes_back(keys):
+    """The first process takes it and never answers; a second one with the same key gets the same bytes."""
+    private = read_private_key(keys[3][0])
+    answers = {}
+    signed = (private, private.public_key())
+    with serving(keys) as server, http_request_response(str(server.address), True, None, signed, 3, 30.0) as killed:
+        link = FleetLink(server, "node", 60)
+        waiting = threading.Thread(target=lambda: answers.update(link.send([(3, b"again")])))
+        waiting.start()
+        receive = killed[1]
+        while receive() is None:
+            pass
+        with node(server, keys[3][0], lambda data: data + b"!"):
+            waiting.join(30)
+    assert answers == {3: b"again!"}
+
+
+def test_a_node_has_the_same_number_after_its_server_was_away(keys):
+    numbers = []
+    for _ in range(2):
+        with serving(keys) as server:
+            numbers.append(server.nodes)
+    assert numbers[0] == numbers[1]
+    assert len(set(numbers[0].values())) == 2
+
+
+def test_a_key_that_is_not_enrolled_is_refused_in_a_sentence(keys):
+    with serving(keys, numbers=(3,)) as server, pytest.raises(LinkError, match="does not let this node in: expected its key"):
+        serve(Server(address=str(server.address), key=keys[5][0], authority=None), lambda data: data, threading.Event())
+
+
+def test_a_port_that_is_taken_is_said_so(keys):
+    with serving(keys) as server, pytest.raises(LinkError, match=r"cannot listen there .*choose another port"):
+        FleetServer({3: keys[3][1]}, server.address, None)
+
+
+def test_another_flower_is_refused_before_anything_runs(keys, monkeypatch):
+    monkeypatch.setattr(flwr, "__version__", "9.9.9")
+    with pytest.raises(LinkError, match=r"flwr 9.9.9 found, 1.41.0 expected: pip install"):
+        FleetServer({3: keys[3][1]}, HERE, None)
