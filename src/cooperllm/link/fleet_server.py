@@ -19,7 +19,7 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import PlainTextResponse
 from flwr.app import Message
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, Status
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, Status
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
@@ -168,8 +168,14 @@ class _State(InMemoryLinkState):
         return stored
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
-        """Waits a while for a message to a node: one request in two seconds, where looking often would fill a slow link."""
-        deadline = time.monotonic() + (0.0 if node_id == SUPERLINK_NODE_ID else HOLD_S)
+        """Waits a while for a message to a node: one request in two seconds, where looking often would fill a slow link.
+
+        Who asks is there, though it may have missed that the server was away: its next heartbeat may be half a minute off.
+        """
+        deadline = time.monotonic()
+        if node_id != SUPERLINK_NODE_ID:
+            deadline += HOLD_S
+            self.acknowledge_node_heartbeat(node_id, HEARTBEAT_DEFAULT_INTERVAL)
         with self.news:
             while True:
                 found = super().get_message_ins(node_id, limit, run_id=run_id)
@@ -296,7 +302,7 @@ class _Limit:
 
 def _app(state: _State) -> FastAPI:
     @contextlib.asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None, None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = MOST_HELD
         yield
 

@@ -216,19 +216,18 @@ class GridLink:
 class FleetLink(GridLink):
     """The link to nodes in processes of their own: who is there when a round begins is asked.
 
-    Before the first message it waits a while for those that it is for, since all are started at once; later for nobody.
+    In the beginning it waits for those that are to be asked: all are started at once, and come back to a server one by one.
     """
 
     def __init__(self, server: FleetServer, whom: str, timeout_s: float, patience_s: float = 30.0) -> None:
         super().__init__(server.grid, len(server.nodes), timeout_s)
-        self.whom, self._server, self._patience_s = whom, server, patience_s
+        self.whom, self._server, self._patient_until = whom, server, time.monotonic() + patience_s
         self._seen: dict[int, float] = {}
 
     def send(self, packed: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
         """Sends bytes to those nodes that are there, and waits for what they answer."""
         messages = dict(packed)
-        deadline, self._patience_s = time.monotonic() + self._patience_s, 0.0
-        while not set(messages) <= self._server.online() and self._wait(deadline):
+        while not set(messages) <= self._server.online() and self._wait(self._patient_until):
             pass
         return super().send(messages.items())
 
