@@ -105,6 +105,22 @@ def test_a_message_whose_node_was_killed_is_given_again_when_it_comes_back(keys)
     assert answers == {3: b"again!"}
 
 
+def test_a_question_that_a_killed_process_left_open_takes_no_message(keys):
+    """It is open for two seconds more; what arrives meanwhile is for the process that asked last."""
+    private = read_private_key(keys[3][0])
+    signed, taken = (private, private.public_key()), []
+    with serving(keys) as server, http_request_response(str(server.address), True, None, signed, 3, 30.0) as killed:
+        for _ in range(3):
+            left_open = threading.Thread(target=lambda: taken.append(killed[1]()))
+            left_open.start()
+            time.sleep(0.2)
+            with node(server, keys[3][0], lambda data: data + b"!"):
+                time.sleep(0.3)
+                assert FleetLink(server, "node", 10).send([(3, b"mine")]) == {3: b"mine!"}
+            left_open.join()
+    assert taken == [None, None, None]
+
+
 def test_a_node_has_the_same_number_after_its_server_was_away(keys):
     numbers = []
     for _ in range(2):

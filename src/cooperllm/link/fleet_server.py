@@ -159,6 +159,7 @@ class _State(InMemoryLinkState):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.news, self.is_ending = threading.Condition(), False
+        self._questions: dict[int, object] = {}
 
     def store_message_and_object_tree(self, message: Message, object_tree: Any, session_id: str) -> tuple[bool, list[str]]:
         """Takes a message, and wakes whoever waits for one."""
@@ -170,19 +171,32 @@ class _State(InMemoryLinkState):
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
         """Waits a while for a message to a node: one request in two seconds, where looking often would fill a slow link.
 
-        Who asks is there, though it may have missed that the server was away: its next heartbeat may be half a minute off.
+        Who asks is there, though it may have missed that the server was away: its next heartbeat may be half a minute off. And who asks
+        has nothing in hand: what it was given and has not answered was lost on the way, or with the process that it was before. An older
+        question of the same node is nobody's any more.
         """
-        deadline = time.monotonic()
-        if node_id != SUPERLINK_NODE_ID:
-            deadline += HOLD_S
-            self.acknowledge_node_heartbeat(node_id, HEARTBEAT_DEFAULT_INTERVAL)
+        if node_id == SUPERLINK_NODE_ID:
+            return super().get_message_ins(node_id, limit, run_id=run_id)
+        deadline, question = time.monotonic() + HOLD_S, object()
+        self.acknowledge_node_heartbeat(node_id, HEARTBEAT_DEFAULT_INTERVAL)
         with self.news:
-            while True:
+            self._questions[node_id] = question
+            self.news.notify_all()
+            self._give_again(node_id)
+            while not self.is_ending and self._questions[node_id] is question:
                 found = super().get_message_ins(node_id, limit, run_id=run_id)
                 left = deadline - time.monotonic()
-                if found or left <= 0 or self.is_ending:
+                if found or left <= 0:
                     return found
                 self.news.wait(left)
+            return []
+
+    def _give_again(self, node_id: int) -> None:
+        with self.lock:
+            for message_id, message in self.message_ins_store.items():
+                if message.metadata.dst_node_id == node_id and not self._has_whole_reply(message_id):
+                    self.message_res_store.pop(self.message_ins_id_to_message_res_id.pop(message_id, ""), None)
+                    message.metadata.delivered_at = ""
 
     def begin(self, run_id: int) -> None:
         """Calls the run's task running: no other process claims it."""
@@ -200,13 +214,9 @@ class _State(InMemoryLinkState):
         return node.node_id
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
-        """Lets a node in, though it may not have said goodbye, and gives it again what it was given and has not answered in full."""
+        """Lets a node in, though it may not have said goodbye."""
         with self.lock:  # at no moment is the node away for whoever waits for it
             self.deactivate_node(node_id)
-            for message_id, message in self.message_ins_store.items():
-                if message.metadata.dst_node_id == node_id and not self._has_whole_reply(message_id):
-                    self.message_res_store.pop(self.message_ins_id_to_message_res_id.pop(message_id, ""), None)
-                    message.metadata.delivered_at = ""
             return super().activate_node(node_id, heartbeat_interval)
 
     def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
