@@ -185,6 +185,13 @@ def test_both_read_texts_as_the_same_tokens(pair):
     assert len(found) <= pair.package.manifest.max_tokens
 
 
+def test_texts_that_find_no_room_are_cut_and_counted(pair):
+    long = "a long and winding sentence about nothing " * 99
+    assert pair.package.encode([long, "short", long], None, [0, 1, 0]).num_cut == 2
+    assert pair.package.encode(["short", "short"], ["short", long], [0, 1]).num_cut == 1
+    assert pair.package.encode(["short"], None, [0]).num_cut == 0
+
+
 def test_losses_agree(pair):
     found = [runtime.evaluate(CHOSEN)[0](points(pair, 3)) for runtime in pair.runtimes.values()]
     # Float32 losses near 1 have steps of 1.2e-7; a pass adds up some hundred terms.

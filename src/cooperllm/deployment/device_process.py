@@ -47,7 +47,14 @@ def run_device_process(settings: DeviceSettings, stop: threading.Event) -> None:
     kept = StateFile(settings.state / "replica.bin")
     latest = kept.read(start)
     host = Host({settings.number: device}, start, job.config.optimizer, tuple[()], job.config.slope_method, keep=kept.write, latest=latest)
-    _log.info("device %d: %d texts, version %d", settings.number, len(examples), (latest or start).model_version)
+    _log.info(
+        "device %d: %d texts, %d of them cut at %d tokens; version %d",
+        settings.number,
+        len(examples),
+        examples.num_cut,
+        package.manifest.max_tokens,
+        (latest or start).model_version,
+    )
     serve(Server(address=settings.edge, key=settings.key, authority=settings.authority), host.answer, stop)
 
 

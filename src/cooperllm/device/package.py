@@ -34,10 +34,12 @@ class DeviceExamples:
     Attributes:
         token_ids: One row of integers per text.
         labels: Class of each text, shape [N].
+        num_cut: Texts of which not all tokens found room.
     """
 
     token_ids: list[Int64[np.ndarray, "_T"]]
     labels: Int64[np.ndarray, "N"]
+    num_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -122,21 +124,23 @@ class Package:
                 f"{self.manifest.num_classes - 1}; compare the data with the classes of the package, {list(self.manifest.label_names)}"
             )
         if self.manifest.objective is Objective.LABEL_WORDS:
-            rows = [self._prompt_ids(text, other) for text, other in zip(texts, second_texts or texts, strict=True)]
+            found = [self._prompt_ids(text, other) for text, other in zip(texts, second_texts or texts, strict=True)]
+            rows, num_cut = [ids for ids, _ in found], sum(is_cut for _, is_cut in found)
         else:
             self._tokenizer.enable_truncation(self.manifest.max_tokens)
             pairs: Any = list(texts) if second_texts is None else list(zip(texts, second_texts, strict=True))
-            rows = [one.ids for one in self._tokenizer.encode_batch(pairs)]
+            encoded = self._tokenizer.encode_batch(pairs)
+            rows, num_cut = [one.ids for one in encoded], sum(bool(one.overflowing) for one in encoded)
             self._tokenizer.no_truncation()
-        return DeviceExamples(token_ids=[np.array(row, np.int64) for row in rows], labels=classes)
+        return DeviceExamples(token_ids=[np.array(row, np.int64) for row in rows], labels=classes, num_cut=num_cut)
 
-    def _prompt_ids(self, text: str, other: str) -> list[int]:
-        """Cuts the text, never the prompt around it."""
+    def _prompt_ids(self, text: str, other: str) -> tuple[list[int], bool]:
+        """Cuts the text, never the prompt around it; tells whether it did."""
         prompt = self.manifest.prompt
         room = max(1, self.manifest.max_tokens - len(self._tokenizer.encode(prompt.format(text="", text2="")).ids))
-        parts = [self._tokenizer.encode(part, add_special_tokens=False).ids[:room] for part in (text, other)]
-        cut = [self._tokenizer.decode(part, skip_special_tokens=False) for part in parts]
-        return self._tokenizer.encode(prompt.format(text=cut[0], text2=cut[1])).ids
+        whole = [self._tokenizer.encode(part, add_special_tokens=False).ids for part in (text, other)]
+        cut = [self._tokenizer.decode(part[:room], skip_special_tokens=False) for part in whole]
+        return self._tokenizer.encode(prompt.format(text=cut[0], text2=cut[1])).ids, any(len(part) > room for part in whole)
 
     def _loaded(self, name: str) -> Graph:
         if not self.settings.keeps_graphs:
