@@ -18,7 +18,7 @@ from cooperllm.data import Task, Texts
 from cooperllm.device import Host, Runtime
 from cooperllm.device.settings import GraphLibrary, Settings
 from cooperllm.device.torch_forward import TorchForward
-from cooperllm.edge import Edge
+from cooperllm.edge import Edge, devices_of
 from cooperllm.errors import ConfigError
 from cooperllm.models import Examples, Model
 from cooperllm.run_directory import RunDirectory
@@ -149,7 +149,8 @@ class Assembly:
     def edges(self) -> list[Edge]:
         """Builds the edges; devices are dealt to them in turn."""
         federation, size = self.config.federation, self.material.model.layout.size
-        return [Edge(edge, range(edge, federation.num_devices, federation.num_edges), size) for edge in range(federation.num_edges)]
+        count = federation.num_edges
+        return [Edge(edge, devices_of(edge, count, federation.num_devices), size) for edge in range(count)]
 
     def devices(self) -> Host:
         """Builds every device of the run in this process."""

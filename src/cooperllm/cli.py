@@ -60,6 +60,7 @@ from cooperllm.options import (
     Tune,
     TuneRounds,
     changed,
+    free_directory,
 )
 from cooperllm.wall_clock import clock_from
 
@@ -118,7 +119,7 @@ def run_command(
     chosen = recipes.recipe(recipe, data_directory)
     options = {key: value for key, value in locals().items() if key not in {"chosen", "recipe", "arm", "out", "data_directory"}}
     config = changed(chosen.with_arm(arm), options)
-    directory = _directory(out, recipe)
+    directory = free_directory(out, recipe)
     _show(lambda progress: session.run(config, directory, progress.observe), directory)
 
 
@@ -172,7 +173,7 @@ def compare_command(
     configs = [changed(chosen.with_arm(name), options | {"rounds": own_rounds.get(name, rounds)}) for name in names]
     if seeds and seed is not None:
         raise ConfigError("--seeds: found --seed beside it, expected one of them")
-    directory, speeds = _directory(out, f"{recipe}-compare"), clock_from(clock)
+    directory, speeds = free_directory(out, f"{recipe}-compare"), clock_from(clock)
     _show(
         lambda progress: comparison.compare(
             configs, directory, progress.observe, seeds=_numbers("--seeds", seeds) or None, tune=tune, tune_rounds=tune_rounds,
@@ -302,13 +303,6 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(",") if number.strip())
     except ValueError as error:
         raise ConfigError(f"{option}: found {text!r}, expected whole numbers") from error
-
-
-def _directory(out: Path | None, name: str) -> Path:
-    if out is not None:
-        return out
-    taken = (Path("runs") / f"{name}-{number}" for number in range(1, 1_000_000))
-    return next(path for path in taken if not path.exists())
 
 
 def _show(work: "Callable[[Progress], Run]", directory: Path) -> None:

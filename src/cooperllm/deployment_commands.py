@@ -43,6 +43,7 @@ from cooperllm.options import (
     Targets,
     TextColumn,
     changed,
+    free_directory,
 )
 
 CACHE = Path.home() / ".cache" / "cooperllm"
@@ -148,8 +149,7 @@ def up_command(
     quieten()
     options = {key: value for key, value in locals().items() if key not in {"recipe", "arm", "port", "data_directory", "out"}}
     config = _chosen(recipe, data_directory, arm, options)
-    taken = (Path("runs") / f"{recipe}-up-{number}" for number in range(1, 1_000_000))
-    directory = out or next(path for path in taken if not path.exists())
+    directory = free_directory(out, f"{recipe}-up")
     _prepare(directory, config, "", port, has_texts=True)
     from cooperllm.deployment.together import edges_and_devices  # noqa: PLC0415 -- of the extra `cloud`
 

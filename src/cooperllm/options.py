@@ -115,6 +115,22 @@ def changed(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     return _set(found, given.get("settings", ()))
 
 
+def free_directory(out: Path | None, name: str) -> Path:
+    """Chooses where a run goes.
+
+    Args:
+        out: What was asked for, or None.
+        name: Of the runs that it is one of.
+
+    Returns:
+        `out`, or runs/NAME-N with the next free N.
+    """
+    if out is not None:
+        return out
+    taken = (Path("runs") / f"{name}-{number}" for number in range(1, 1_000_000))
+    return next(path for path in taken if not path.exists())
+
+
 def _set(config: RunConfig, settings: Sequence[str]) -> RunConfig:
     """Applies PATH=VALUE; a value that is not JSON is text. Unknown paths and values outside their domain are refused as in a file."""
     plain = to_plain(config)

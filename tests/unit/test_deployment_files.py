@@ -13,9 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cooperllm.algorithm import noise, replay
 from cooperllm.config import FederationConfig, OptimizerConfig, RunConfig
-from cooperllm.deployment.enrolment import Places, devices_of, enroll, read_public_keys
+from cooperllm.deployment.enrolment import Places, enroll, read_public_keys
 from cooperllm.deployment.settings import CloudSettings, DeviceSettings, EdgeSettings, Job, host_and_port, read_job, read_settings
 from cooperllm.deployment.state_file import StateFile
+from cooperllm.edge import devices_of
 from cooperllm.errors import ConfigError
 from cooperllm.link.fleet_node import read_private_key
 

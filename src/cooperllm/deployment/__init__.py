@@ -1,4 +1,4 @@
-"""The tiers as processes: `enrolment` writes a directory for each, `settings` reads it, `processes` run it, `together` starts all at once.
+"""The tiers as processes: `enrolment` writes a directory for each, `settings` reads it, one file a tier runs it, `together` starts all.
 
     cloud process    session + RemoteEdges   --TLS, enrolled keys-->   edge process    EdgeHost   --the same-->   device process    Host
 

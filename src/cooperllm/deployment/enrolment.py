@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cooperllm.deployment.settings import Job, host_and_port
+from cooperllm.edge import devices_of
 from cooperllm.errors import ConfigError
 
 VALID_DAYS = 825
@@ -76,24 +77,6 @@ def enroll(directory: Path, job: Job, places: Places) -> None:
             _write(device / "authority.pem", authority.certificate_pem)
             _write(device / "job.json", msgspec.json.encode(job))
             _write(device / "device.toml", DEVICE.format(number=device_id, edge=place).encode())
-
-
-def devices_of(edge: int, num_edges: int, num_devices: int) -> range:
-    """Deals devices out to edges in turn, as a simulated run does.
-
-    Args:
-        edge: Number of an edge.
-        num_edges: How many there are.
-        num_devices: How many devices.
-
-    Returns:
-        The edge's devices.
-
-    Example:
-        >>> list(devices_of(1, 2, 5))
-        [1, 3]
-    """
-    return range(edge, num_devices, num_edges)
 
 
 def read_public_keys(directory: Path) -> dict[int, bytes]:

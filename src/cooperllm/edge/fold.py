@@ -136,6 +136,24 @@ class Edge:
         )
 
 
+def devices_of(edge: int, num_edges: int, num_devices: int) -> range:
+    """Deals devices out to edges in turn, in simulations as in deployments.
+
+    Args:
+        edge: Number of an edge.
+        num_edges: How many there are.
+        num_devices: How many devices.
+
+    Returns:
+        The edge's devices.
+
+    Example:
+        >>> list(devices_of(1, 2, 5))
+        [1, 3]
+    """
+    return range(edge, num_devices, num_edges)
+
+
 def group_of(plan: Plan, edge_id: int, device_id: int) -> int:
     """Says whose random directions a device probes.
 

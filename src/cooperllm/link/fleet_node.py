@@ -51,7 +51,7 @@ class Server:
 
     Attributes:
         address: HOST:PORT.
-        key: File of the node's private key, in OpenSSH's or PEM form.
+        key: File of the node's private key, in PEM.
         authority: File with the certificate that the server's is signed by; None for plain text.
     """
 
