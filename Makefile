@@ -37,7 +37,7 @@ unit: $(STAMP)  ## arithmetic, properties, the house rules, every example in the
 	$(BIN)/python -m pytest --quiet tests/unit tests/property tests/policy src
 
 system: $(STAMP)  ## whole runs: the default model, every engine, the command line; two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/system --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/system --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 faults: $(STAMP)  ## twenty random sequences of kills of real processes; minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v

@@ -6,6 +6,8 @@ Run: pytest tests/system/test_fleet.py
 """
 
 import contextlib
+import datetime
+import re
 import threading
 import time
 
@@ -13,15 +15,14 @@ import flwr
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.supernode.fleet_http_connection import http_request_response
 
 from cooperllm.errors import LinkError
-from cooperllm.link.fleet_node import Server, read_private_key, serve
+from cooperllm.link import fleet_node
+from cooperllm.link.fleet_node import Server, connected, read_private_key, serve
 from cooperllm.link.fleet_server import Address, FleetServer
 from cooperllm.link.flower import FleetLink
 
 HERE = Address(host="127.0.0.1", port=0)
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture
@@ -57,6 +58,11 @@ def node(server, file, answer):
         assert not thread.is_alive()
 
 
+def present(server, file):
+    """A process that has said it is there and does what the test says."""
+    return connected(Server(address=str(server.address), key=file, authority=None), read_private_key(file))
+
+
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1, 12 << 20])
 def test_bytes_come_back_as_they_were_sent_in_one_part_or_in_chunks(keys, size):
     data = bytes(range(256)) * (size // 256) + bytes(size % 256)
@@ -90,15 +96,12 @@ def test_who_is_not_there_is_not_waited_for_after_the_beginning(keys):
 
 def test_a_message_whose_node_was_killed_is_given_again_when_it_comes_back(keys):
     """The first process takes it and never answers; a second one with the same key gets the same bytes."""
-    private = read_private_key(keys[3][0])
     answers = {}
-    signed = (private, private.public_key())
-    with serving(keys) as server, http_request_response(str(server.address), True, None, signed, 3, 30.0) as killed:
+    with serving(keys) as server, present(server, keys[3][0]) as killed:
         link = FleetLink(server, "node", 60)
         waiting = threading.Thread(target=lambda: answers.update(link.send([(3, b"again")])))
         waiting.start()
-        receive = killed[1]
-        while receive() is None:
+        while killed.receive() is None:
             pass
         with node(server, keys[3][0], lambda data: data + b"!"):
             waiting.join(30)
@@ -107,11 +110,10 @@ def test_a_message_whose_node_was_killed_is_given_again_when_it_comes_back(keys)
 
 def test_a_question_that_a_killed_process_left_open_takes_no_message(keys):
     """It is open for two seconds more; what arrives meanwhile is for the process that asked last."""
-    private = read_private_key(keys[3][0])
-    signed, taken = (private, private.public_key()), []
-    with serving(keys) as server, http_request_response(str(server.address), True, None, signed, 3, 30.0) as killed:
+    taken = []
+    with serving(keys) as server, present(server, keys[3][0]) as killed:
         for _ in range(3):
-            left_open = threading.Thread(target=lambda: taken.append(killed[1]()))
+            left_open = threading.Thread(target=lambda: taken.append(killed.receive()))
             left_open.start()
             time.sleep(0.2)
             with node(server, keys[3][0], lambda data: data + b"!"):
@@ -133,6 +135,24 @@ def test_a_node_has_the_same_number_after_its_server_was_away(keys):
 def test_a_key_that_is_not_enrolled_is_refused_in_a_sentence(keys):
     with serving(keys, numbers=(3,)) as server, pytest.raises(LinkError, match="does not let this node in: expected its key"):
         serve(Server(address=str(server.address), key=keys[5][0], authority=None), lambda data: data, threading.Event())
+
+
+def test_a_refused_node_leaves_the_process_alone(keys):
+    """Flower's own connection ends the whole process five seconds after it was refused, with whatever else it was doing."""
+    before = set(threading.enumerate())
+    with serving(keys, numbers=(3,)) as server, pytest.raises(LinkError):
+        serve(Server(address=str(server.address), key=keys[5][0], authority=None), lambda data: data, threading.Event())
+    left = [thread.name for thread in set(threading.enumerate()) - before if "exit" in thread.name]
+    assert left == []
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_node_whose_clock_is_an_hour_off_takes_its_servers(keys, monkeypatch, caplog, hours):
+    right = fleet_node._now
+    monkeypatch.setattr(fleet_node, "_now", lambda: right() + datetime.timedelta(hours=hours))
+    with serving(keys) as server, node(server, keys[3][0], lambda data: data + b"!"):
+        assert FleetLink(server, "node", 60).send([(3, b"when")]) == {3: b"when!"}
+    assert re.search(rf"clock is {'-' if hours < 0 else ''}(3599|3600|3601) s off", caplog.text)
 
 
 def test_a_port_that_is_taken_is_said_so(keys):

@@ -6,15 +6,20 @@ Flower's own SuperNode starts a process for every message, which would load the 
 no code comes over the link. Its question for work is kept open by `fleet_server` until there is some, and it comes back by itself after a
 server or a network was away. It has one connection for all parts of a message: another would cost a slow link a handshake.
 
-With `fleet_server` one of the two files that touch what Flower does not promise to keep (pinned: 1.41). Its connection ends the process
-where it cannot be made (`flwr_exit`), and interrupts it where a key is no longer known; here both are a `LinkError` that says so.
+With `fleet_server` one of the two files that touch what Flower does not promise to keep (pinned: 1.41). Its requests are used and its
+connection is not: that one ends the process five seconds after it was refused (`flwr_exit`), interrupts it where a key is no longer
+known, and signs with a clock that may be wrong.
 """
 
+import datetime
+import email.utils
 import logging
-import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable
+from base64 import b64encode
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +29,44 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, TIMESTAMP_HEADER, ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
-from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.retry.retry_invoker import RetryInvoker, exponential
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from cooperllm.errors import ConfigError, LinkError
 from cooperllm.link.envelope import unwrap, wrap
 
 POLL_S = 0.2
-RETURN_AFTER_S, CONNECT_TIMEOUT_S = 2.0, 10.0
+RETURN_AFTER_S, RETRY_S = 2.0, 30.0
+CLOCK_TOLERANCE_S = 2.0
+"""When a signature is refused and the clocks differ by more, ours is corrected; the server's answers tell whole seconds."""
+_BAD_SIGNATURE, _UNKNOWN_KEY = 401, 412
 _log = logging.getLogger(__name__)
 
 Answer = Callable[[bytes], bytes]
@@ -76,6 +104,8 @@ def serve(server: Server, answer: Answer, stop: threading.Event | None = None) -
     while not stop.is_set():
         try:
             _connected(server, key, answer, stop)
+        except (ObjectPullError, ObjectPushError) as error:
+            _log.warning("%s took a message back (%s)", server.address, error)
         except (httpx.HTTPError, OSError) as error:
             _log.warning("%s is away (%s); trying again", server.address, error)
             stop.wait(RETURN_AFTER_S)
@@ -103,68 +133,161 @@ def read_private_key(file: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _connected(server: Server, key: ec.EllipticCurvePrivateKey, answer: Answer, stop: threading.Event) -> None:
-    host, _, port = server.address.rpartition(":")
-    socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()  # an OSError: away; what fails from here on was refused
-    authority = None if server.authority is None else server.authority.read_bytes()
-    failure: Exception | None = None
     try:
-        with http_request_response(server.address, server.authority is None, authority, (key, key.public_key()), 3, 30.0) as callbacks:
-            try:
-                _loop(_Fleet(*callbacks), answer, stop)
-            except Exception as error:  # noqa: BLE001 -- Flower's context logs what passes through it and goes on
-                failure = error
-    except SystemExit as error:
+        with connected(server, key) as fleet:
+            while not stop.is_set():
+                asked = time.monotonic()
+                message = fleet.receive()
+                if message is not None:
+                    fleet.reply(message, answer)
+                elif time.monotonic() - asked < POLL_S:  # a server that does not keep the question open
+                    stop.wait(POLL_S)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code not in {_BAD_SIGNATURE, _UNKNOWN_KEY}:
+            raise
+        raise LinkError(f"{server.address} does not let this node in: expected its key ({server.key}) to be enrolled there") from error
+    except httpx.ConnectError as error:
+        if not _is_about_tls(error):
+            raise
         raise LinkError(
-            f"{server.address} does not let this node in: expected its key ({server.key}) to be enrolled there, and the server's "
-            f"certificate to be signed by {server.authority or 'nobody'}; Flower's words are above"
+            f"{server.address} is not who it should be ({error}): expected a certificate signed by {server.authority or 'nobody'}"
         ) from error
-    if failure is not None:
-        raise failure
 
 
-def _loop(fleet: "_Fleet", answer: Answer, stop: threading.Event) -> None:
-    while not stop.is_set():
-        asked = time.monotonic()
-        received = fleet.receive()
-        if received is not None:
-            fleet.reply(fleet.whole(*received), answer)
-        elif time.monotonic() - asked < POLL_S:  # a server that does not keep the question open
-            stop.wait(POLL_S)
+def _is_about_tls(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
-class _Fleet:
-    """The calls that Flower's connection offers, put together: a message with all its parts, a reply with all of its own."""
+@contextmanager
+def connected(server: Server, key: ec.EllipticCurvePrivateKey) -> Generator["Fleet"]:
+    """Says that a node is there, now and then while it works, and at the end that it is gone.
 
-    def __init__(
-        self, _node_id: int, receive: Any, send: Any, _get_run: Any, _get_fab: Any, pull_object: Any, push_object: Any, confirm: Any
-    ) -> None:
-        self.receive = receive
-        self._send, self._pull_object, self._push_object, self._confirm = send, pull_object, push_object, confirm
+    Args:
+        server: Whom.
+        key: Of the node.
 
-    def whole(self, announced: Message, tree: Any) -> Message:
-        run_id = announced.metadata.run_id
+    Yields:
+        The node's calls.
+
+    Raises:
+        httpx.HTTPError: If the server is away, or refuses.
+    """
+    authority = None if server.authority is None else server.authority.read_bytes()
+    with FleetHttpClient.from_server_address(server.address, authority is None, authority, [_Signature(key)]) as client:
+        shown = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        node = Node(node_id=client.ActivateNode(shown).node_id)
+
+        def is_heard() -> bool:
+            with suppress(httpx.HTTPError):
+                client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL))
+                return True
+            return False
+
+        heart = HeartbeatSender(is_heard)
+        heart.start()
+        try:
+            yield Fleet(client, node)
+        finally:
+            heart.stop()
+            with suppress(httpx.HTTPError):
+                client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+
+
+class Fleet:
+    """What a node asks of its server: a message with all its parts, and to take a reply with all of its own."""
+
+    def __init__(self, client: FleetHttpClient, node: Node) -> None:
+        self._client, self._node = client, node
+        # A connection that breaks in the middle of an answer is made again, so that what was computed is not computed twice.
+        self._retry = RetryInvoker(lambda: exponential(0.1), httpx.TransportError, max_tries=None, max_time=RETRY_S)
+
+    def receive(self) -> Message | None:
+        """Waits for a message for as long as the server keeps the question open.
+
+        Returns:
+            The message, None where there is none.
+        """
+        found = self._client.PullMessages(PullMessagesRequest(node=self._node))
+        if not found.messages_list:
+            return None
+        tree, run_id = found.message_object_trees[0], message_from_proto(found.messages_list[0]).metadata.run_id
+        pull = make_pull_object_fn_protobuf(lambda request: self._retry.invoke(self._client.PullObject, request), self._node, run_id)
         parts = [part.object_id for part in iterate_object_tree(tree)]
-        contents = pull_objects(
-            parts, lambda part: self._pull_object(run_id, part), max_concurrent_pulls=1, initial_backoff=0.02, backoff_cap=0.5
-        )
+        contents = pull_objects(parts, pull, max_concurrent_pulls=1, initial_backoff=0.02, backoff_cap=0.5)
         message: Any = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
     def reply(self, message: Message, answer: Answer) -> None:
+        """Answers a message.
+
+        Args:
+            message: As received.
+            answer: Makes the answer; what it raises is the answer then.
+        """
         begun, run_id = time.monotonic(), message.metadata.run_id
         try:
             reply = Message(wrap(answer(unwrap(message))), reply_to=message)
         except Exception as error:  # noqa: BLE001 -- the wall: whatever a node raises is a value for the other side
             _log.warning("a message could not be answered", exc_info=error)
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message)
+        # Valid for as long as the question, by the clock of who asked: that of this machine may be wrong.
+        reply.metadata.created_at, reply.metadata.ttl = message.metadata.created_at, message.metadata.ttl
         reply.metadata.__dict__["_message_id"] = reply.object_id
         with no_object_id_recompute():
             head = remove_content_from_message(reply) if reply.has_content() else reply
-            wanted, session = self._send(head, get_object_tree(reply), time.monotonic() - begun)
-            push_objects(
-                get_all_nested_objects(reply),
-                lambda part, content: self._push_object(run_id, session, part, content),
-                object_ids_to_push=wanted,
+            request = PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(head)],
+                message_object_trees=[get_object_tree(reply)],
+                clientapp_runtime_list=[time.monotonic() - begun],
             )
-        self._confirm(run_id, message.metadata.message_id)  # only now: a node that is killed in between gets the message again
+            taken = self._retry.invoke(self._client.PushMessages, request)
+            push = make_push_object_fn_protobuf(
+                lambda request: self._retry.invoke(self._client.PushObject, request), self._node, run_id, taken.session_id
+            )
+            push_objects(get_all_nested_objects(reply), push, object_ids_to_push=set(taken.objects_to_push))
+        # Only now: a node that is killed in between gets the message again.
+        make_confirm_message_received_fn_protobuf(
+            lambda request: self._retry.invoke(self._client.ConfirmMessageReceived, request), self._node, run_id
+        )(message.metadata.message_id)
+
+
+class _Signature:
+    """Signs each request's time with the node's key; the time is the server's, once it has refused this machine's."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
+        self._key, self._public_key = key, public_key_to_bytes(key.public_key())
+        self._ahead = datetime.timedelta()
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Sends a request with the signature that Flower's server expects, and again if it was our clock that was refused."""
+        response = call_next(self._sign(context))
+        if response.status_code == _BAD_SIGNATURE and self._corrects(response):
+            response = call_next(self._sign(context))
+        return response
+
+    def _sign(self, context: ProtobufRequestContext) -> ProtobufRequestContext:
+        timestamp = (_now() + self._ahead).isoformat()
+        signature = sign_message(self._key, timestamp.encode("ascii"))
+        context.request.headers[TIMESTAMP_HEADER] = timestamp
+        context.request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = b64encode(self._public_key).decode("ascii")
+        context.request.headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(signature).decode("ascii")
+        return context
+
+    def _corrects(self, response: httpx.Response) -> bool:
+        try:
+            ahead = email.utils.parsedate_to_datetime(response.headers["date"]) - _now()
+        except (KeyError, ValueError):
+            return False
+        if abs(ahead - self._ahead).total_seconds() <= CLOCK_TOLERANCE_S:
+            return False
+        _log.warning("this machine's clock is %.0f s off the server's, whose time is used from here on", -ahead.total_seconds())
+        self._ahead = ahead
+        return True
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
