@@ -1,6 +1,7 @@
 """Deployments for tests: prepared once, copied for each test with ports of its own, started, watched and ended."""
 
 import contextlib
+import re
 import shutil
 import socket
 import subprocess
@@ -27,9 +28,20 @@ def prepared_in(path, rounds):
     return path
 
 
-def simulated_in(path, prepared, rounds):
+def with_staleness(deployment):
+    """The same deployment, whose devices may be a round behind."""
+    for file in (*deployment.glob("*/job.json"), deployment / "cloud" / "run" / "config.json"):
+        text = file.read_text()
+        changed = re.sub(r'"staleness": ?0', '"staleness": 1', text)
+        assert changed != text, file
+        file.write_text(changed)
+    return deployment
+
+
+def simulated_in(path, prepared, rounds, staleness=0):
     """The same run in one process, with the same package: its digests, round by round."""
-    RunDirectory.create(path, config_of(rounds))
+    config = config_of(rounds)
+    RunDirectory.create(path, replace(config, federation=replace(config.federation, staleness=staleness)))
     shutil.copytree(prepared / "package", path / "package")
     cooperllm.resume(path)
     return hashes(path)

@@ -42,11 +42,12 @@ class Outcome(Enum):
     NON_FINITE_LOSS = "non-finite loss"
     LOST = "lost"
     MISMATCH = "answers another plan"
+    STALE = "of a θ that was given up"
     BEHIND = "does not reach the plan's version"
 
 
 class StepKind(Enum):
-    """What an update does: a step; nothing yet, a later step names its terms again; a step from moments of zero; or a way back."""
+    """What an update does: a step; nothing, its terms may be named again later; a step from moments of zero; or a way back."""
 
     STEP = "step"
     HOLD = "hold"
@@ -267,7 +268,8 @@ class Update:
         column_coefficients: One number per column of the span, shape [k].
         random_terms: Parts along random directions.
         dense: A direction in full, packed, or None; for a way back, θ itself, exactly.
-        loss: Mean loss of the round's devices at the θ that the step starts from, or None where none was asked.
+        loss: Mean loss of the round's devices at the θ of its plan (the one that the step starts from, or with staleness the one before),
+            or None where none was asked.
         theta_hash: Digest of the replica's state after the step.
         kind: Whether it moves the replica.
     """

@@ -6,15 +6,30 @@
     edges   fold their devices' numbers
     cloud   combines them with its own gradient, steps, and seals an update that every replica replays bit for bit
 
-The rooms know nothing of the link; the link knows nothing of the rooms. Every engine must give the numbers that this function gives with
-the loopback link.
+The rooms know nothing of the link; the link knows nothing of the rooms. Every engine must give the numbers that these functions give with
+the loopback link. A round has two halves: where devices may be one round behind (`federation.staleness`), the next one begins before this
+one ends, so that devices work while answers travel.
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from cooperllm.cloud import Closed, Cloud, Prepared
 from cooperllm.config import queries_of_estimates
-from cooperllm.tiers import Tiers
+from cooperllm.tiers import Answers, Tiers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Begun:
+    """A round that is under way.
+
+    Attributes:
+        prepared: The plan, and what the cloud keeps to itself.
+        answers: What the tiers below come to.
+    """
+
+    prepared: Prepared
+    answers: Future[Answers]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +39,7 @@ class RoundResult:
     Attributes:
         closed: The sealed update, the new state and the observed figures.
         public_loss: Loss of the cloud's public batch, or None.
+        staleness: Steps that the θ of its plan was behind the one that it stepped from.
         forward_passes: Forward passes of one batch, all devices together.
         queries: Two-point queries of one device.
         answered: Devices that sent a report of this version.
@@ -34,6 +50,7 @@ class RoundResult:
 
     closed: Closed
     public_loss: float | None
+    staleness: int
     forward_passes: int
     queries: int
     answered: tuple[int, ...]
@@ -43,11 +60,35 @@ class RoundResult:
 
 
 def run_round(cloud: Cloud, tiers: Tiers) -> RoundResult:
-    """Runs one round over all tiers.
+    """Runs one round over all tiers: both halves, one after the other; raises what they raise."""
+    return end_round(cloud, tiers, begin_round(cloud, tiers))
+
+
+def begin_round(cloud: Cloud, tiers: Tiers, round_index: int | None = None) -> Begun:
+    """Plans a round and asks the tiers below.
+
+    Args:
+        cloud: Owner of θ; does not move.
+        tiers: Edges and devices, `tiers.py`.
+        round_index: Which round, from 0; None for the next one.
+
+    Returns:
+        The round, under way.
+
+    Raises:
+        DivergenceError: If the public gradient is not finite.
+    """
+    prepared = cloud.plan(round_index)
+    return Begun(prepared=prepared, answers=tiers.ask(prepared.plan, cloud.replica))
+
+
+def end_round(cloud: Cloud, tiers: Tiers, begun: Begun) -> RoundResult:
+    """Waits for the answers, steps, and lets every tier know.
 
     Args:
         cloud: Owner of θ; moves to the next version.
-        tiers: Edges and devices, `tiers.py`; they remember the update.
+        tiers: Edges and devices; they remember the update.
+        begun: The oldest round under way.
 
     Returns:
         The round's result.
@@ -55,14 +96,13 @@ def run_round(cloud: Cloud, tiers: Tiers) -> RoundResult:
     Raises:
         QuorumError: If too few devices gave usable reports; nothing has changed then.
     """
-    replica = cloud.replica
-    prepared = cloud.plan()
-    answers = tiers.ask(prepared.plan, replica)
+    prepared, answers, version = begun.prepared, begun.answers.result(), cloud.replica.model_version
     closed = cloud.close(prepared, answers.reports)
     update_bytes = tiers.remember(closed.update)
     return RoundResult(
         closed=closed,
         public_loss=prepared.public_loss,
+        staleness=version - prepared.plan.model_version,
         forward_passes=answers.forward_passes,
         queries=_queries(prepared),
         answered=answers.answered,

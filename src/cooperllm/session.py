@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from cooperllm.link.codec import encode
 from cooperllm.link.loopback import Loopback
 from cooperllm.messages import FORMAT_VERSION, Update
 from cooperllm.models import Examples, Model
-from cooperllm.round import RoundResult, run_round
+from cooperllm.round import Begun, RoundResult, begin_round, end_round
 from cooperllm.run_directory import Checkpoint, RunDirectory, config_hash
 from cooperllm.summary import arm_summary
 from cooperllm.tiers import LocalEdges, Tiers
@@ -137,10 +138,11 @@ def deployed(directory: Path | str, tiers: Tiers, observe: Observer | None = Non
     with files.locked():
         updates = files.repair()
         if len(updates) < assembly.config.num_rounds:
-            cloud = _restored(files, assembly, updates, [])
-            for update in updates:
+            known = _known_to_first(assembly.config, updates)
+            cloud = _restored(files, assembly, known, [])
+            for update in known:
                 tiers.remember(update)
-            _train(files, assembly, len(updates), observe, cloud, tiers, wait_s)
+            _train(files, assembly, updates, observe, cloud, tiers, wait_s)
         return _finished(files, assembly, draws=True)
 
 
@@ -177,24 +179,37 @@ def _carried_by(config: RunConfig, assembly: Assembly, drive: Callable[[Link], N
 
 def _simulated(files: RunDirectory, assembly: Assembly, updates: Sequence[Update], observe: Observer | None, link: Link) -> None:
     edges = assembly.edges()
-    cloud = _restored(files, assembly, updates, edges)
-    _train(files, assembly, len(updates), observe, cloud, LocalEdges(edges, link))
+    cloud = _restored(files, assembly, _known_to_first(assembly.config, updates), edges)
+    _train(files, assembly, updates, observe, cloud, LocalEdges(edges, link))
+
+
+def _known_to_first(config: RunConfig, updates: Sequence[Update]) -> Sequence[Update]:
+    """The part of a log that the first round to be closed starts from: with staleness, all but the last update."""
+    return updates[: max(0, len(updates) - config.federation.staleness)]
 
 
 def _train(
     files: RunDirectory,
     assembly: Assembly,
-    num_done: int,
+    updates: Sequence[Update],
     observe: Observer | None,
     cloud: Cloud,
     tiers: Tiers,
     wait_s: float | None = None,
 ) -> None:
-    config = assembly.config
-    for round_number in range(num_done + 1, config.num_rounds + 1):
+    """Closes the rounds that the log lacks. A resumed run has its rounds under way again, each begun at the version it was begun at."""
+    config, under_way = assembly.config, deque[Begun]()
+    for update in updates[cloud.replica.model_version :]:
+        under_way.append(begin_round(cloud, tiers, len(updates)))
+        cloud.replay(update)
+        tiers.remember(update)
+    for round_number in range(len(updates) + 1, config.num_rounds + 1):
         begun = time.perf_counter()
         before = _evaluated(assembly, cloud) if round_number == 1 else {}
-        result = _closed(cloud, tiers, wait_s)
+        last = min(round_number + config.federation.staleness, config.num_rounds)
+        while round_number + len(under_way) <= last:
+            under_way.append(begin_round(cloud, tiers, round_number - 1 + len(under_way)))
+        result = _closed(cloud, tiers, under_way.popleft(), wait_s)
         figures = _figures(config, round_number, result)
         figures |= {f"{name}_before": value for name, value in before.items()}
         if round_number % config.evaluate_every == 0 or round_number == config.num_rounds:
@@ -208,16 +223,17 @@ def _train(
             observe(config, figures)
 
 
-def _closed(cloud: Cloud, tiers: Tiers, wait_s: float | None) -> RoundResult:
-    """Runs a round, again and again where there is somebody to wait for."""
+def _closed(cloud: Cloud, tiers: Tiers, begun: Begun, wait_s: float | None) -> RoundResult:
+    """Ends a round, asked again and again where there is somebody to wait for."""
     while True:
         try:
-            return run_round(cloud, tiers)
+            return end_round(cloud, tiers, begun)
         except QuorumError as error:
             if wait_s is None:
                 raise
             _log.warning("%s; asked again in %g s", error, wait_s)
             time.sleep(wait_s)
+            begun = begin_round(cloud, tiers, begun.prepared.plan.round_index)
 
 
 def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update], edges: Sequence[Edge]) -> Cloud:
@@ -234,11 +250,11 @@ def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update]
         cloud.restore(replica, checkpoint.pool, checkpoint.maps, checkpoint.good, done)
     for update in updates[cloud.replica.model_version :]:
         cloud.replay(update)
-    figures = files.rounds() if edges else []
-    for index, update in enumerate(updates if edges else ()):
-        for edge in edges:
+    for edge in edges:
+        for update in updates:
             edge.remember(update, len(encode(update)))
-            edge.note_version(figures[index]["answered"], index)
+        for index, figures in enumerate(files.rounds()):
+            edge.note_version(figures["answered"], index - figures["staleness"])
     return cloud
 
 
@@ -291,6 +307,7 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
         "learning_rate": closed.update.learning_rate,
         **dict.fromkeys(("rho", "weight", "shrinkage", "span_energy", "slope_variance", "gain", "relative_variance")),
         **closed.observed,
+        "staleness": result.staleness,
         "queries": result.queries,
         "forward_passes": result.forward_passes,
         "bytes_down": result.bytes_down,

@@ -7,7 +7,10 @@ RemoteEdges      such edges, from the cloud's side
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +24,7 @@ from cooperllm.link.base import Exchange, Link
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import EdgeAnswer, EdgeOrder, EdgeReport, Order, Outcome, Plan, Update
 
+_ANYWAY = nullcontext()
 _log = logging.getLogger(__name__)
 
 
@@ -49,8 +53,8 @@ class Answers:
 class Tiers(Protocol):
     """Edges with their devices, wherever they are."""
 
-    def ask(self, plan: Plan, replica: Replica) -> Answers:
-        """Sends a plan to every edge and collects what comes back; who is lost is counted, not raised."""
+    def ask(self, plan: Plan, replica: Replica) -> Future[Answers]:
+        """Sends a plan to every edge and collects what comes back, now or while others are asked; who is lost is counted, not raised."""
         ...
 
     def remember(self, update: Update) -> int:
@@ -58,7 +62,7 @@ class Tiers(Protocol):
         ...
 
 
-def ask_edges(edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link) -> Answers:
+def ask_edges(edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link, alone: AbstractContextManager[object] = _ANYWAY) -> Answers:
     """Carries a plan to the devices of edges in this process and folds what they report.
 
     Args:
@@ -66,19 +70,24 @@ def ask_edges(edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link) -
         plan: The round, as it came from the cloud.
         replica: The edges' state at the plan's version.
         link: How orders reach devices.
+        alone: Held while the edges are touched, but not while devices are waited for.
 
     Returns:
         One report per edge; nothing has gone between cloud and edges.
     """
-    orders = {edge.edge_id: edge.fan_out(plan, replica) for edge in edges}
+    with alone:
+        orders = {edge.edge_id: edge.fan_out(plan, replica) for edge in edges}
     exchange = link.exchange([order for edge_orders in orders.values() for order in edge_orders])
-    exchange = _second_try(edges, plan, replica, link, exchange)
+    with alone:
+        again = _again(edges, plan, replica, exchange)
+    exchange = _joined(exchange, link.exchange(again)) if again else exchange
     by_device = {report.device_id: report for report in exchange.reports}
     reports: list[EdgeReport] = []
-    for edge in edges:
-        asked = [order.device_id for order in orders[edge.edge_id]]
-        answered = [by_device[device_id] for device_id in asked if device_id in by_device]
-        reports.append(edge.fold(plan, answered, lost=len(asked) - len(answered)))
+    with alone:
+        for edge in edges:
+            asked = [order.device_id for order in orders[edge.edge_id]]
+            answered = [by_device[device_id] for device_id in asked if device_id in by_device]
+            reports.append(edge.fold(plan, answered, lost=len(asked) - len(answered)))
     current = [report for report in exchange.reports if report.model_version == plan.model_version and report.outcome is not Outcome.BEHIND]
     return Answers(
         reports=tuple(reports),
@@ -90,17 +99,18 @@ def ask_edges(edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link) -
     )
 
 
-def _second_try(edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link, first: Exchange) -> Exchange:
-    """Asks devices again that have said which version they really have: one that has come back with an empty disk, say."""
+def _again(edges: Sequence[Edge], plan: Plan, replica: Replica, first: Exchange) -> list[Order]:
+    """Orders for devices that have said which version they really have: one that has come back with an empty disk, say."""
     behind = [report for report in first.reports if report.outcome is Outcome.BEHIND]
     again: list[Order] = []
-    for edge in edges:
+    for edge in edges if behind else ():
         for report in behind:
-            edge.note_version([report.device_id], report.model_version)
+            edge.fall_back(report.device_id, report.model_version)
         again += [order for order in edge.fan_out(plan, replica) if order.device_id in {report.device_id for report in behind}]
-    if not again:
-        return first
-    second = link.exchange(again)
+    return again
+
+
+def _joined(first: Exchange, second: Exchange) -> Exchange:
     replaced = {report.device_id for report in second.reports}
     return Exchange(
         reports=[*(report for report in first.reports if report.device_id not in replaced), *second.reports],
@@ -116,8 +126,13 @@ class LocalEdges:
     def __init__(self, edges: Sequence[Edge], link: Link) -> None:
         self._edges, self._link = edges, link
 
-    def ask(self, plan: Plan, replica: Replica) -> Answers:
+    def ask(self, plan: Plan, replica: Replica) -> Future[Answers]:
         """Sends a plan to every edge and collects what comes back."""
+        future = Future[Answers]()
+        future.set_result(self._asked(plan, replica))
+        return future
+
+    def _asked(self, plan: Plan, replica: Replica) -> Answers:
         packed = encode(plan)
         found = ask_edges(self._edges, decode(packed, Plan), replica, self._link)  # all edges see the same bytes
         reports = [encode(report) for report in found.reports]
@@ -139,18 +154,26 @@ class LocalEdges:
 
 
 class EdgeHost:
-    """One edge in a process of its own."""
+    """One edge in a process of its own; it may be asked for the next round while it waits for devices."""
 
-    def __init__(self, edge: Edge, link: Link, optimizer: OptimizerConfig) -> None:
-        self._edge, self._link, self._optimizer = edge, link, optimizer
+    def __init__(self, edge: Edge, links: Callable[[], Link], optimizer: OptimizerConfig) -> None:
+        """Takes the edge.
+
+        Args:
+            edge: With the devices that it serves.
+            links: Makes the link of one round to them.
+            optimizer: The run's optimiser.
+        """
+        self._edge, self._links, self._optimizer = edge, links, optimizer
         self._replica: Replica | None = None
+        self._alone = threading.Lock()
 
     def answer(self, data: bytes) -> bytes:
         """Decodes an order of the cloud, brings the edge to its version, asks the devices, and encodes the answer."""
         order = decode(data, EdgeOrder)
         plan = order.plan
-        self._catch_up(order)
-        replica = self._replica
+        with self._alone:
+            replica = self._catch_up(order)
         if replica is None or replica.model_version != plan.model_version:
             version = UNKNOWN if replica is None else replica.model_version
             behind = EdgeAnswer(
@@ -163,7 +186,7 @@ class EdgeHost:
                 f"round {plan.round_index}: edge {self._edge.edge_id} has {replica.state_hash.hex()}, the plan starts from "
                 f"{plan.theta_hash.hex()}; the edge starts again from a snapshot"
             )
-        found = ask_edges([self._edge], plan, replica, self._link)
+        found = ask_edges([self._edge], plan, replica, self._links(), self._alone)
         return encode(
             EdgeAnswer(
                 edge_id=self._edge.edge_id,
@@ -176,15 +199,16 @@ class EdgeHost:
             )
         )
 
-    def _catch_up(self, order: EdgeOrder) -> None:
-        """Replays what has come; devices get the same updates from here."""
-        if self._replica is None:
-            if order.snapshot is None:
-                return
-            self._replica = replay.restore(order.snapshot, self._edge.num_parameters)
-        self._replica = replay.catch_up(self._replica, order.updates, order.snapshot, order.plan.model_version, self._optimizer)
-        for update in order.updates:
-            self._edge.remember(update, len(encode(update)))
+    def _catch_up(self, order: EdgeOrder) -> Replica | None:
+        """Replays what has come; devices get the same updates from here. A cloud that has come back may be a step behind its edges."""
+        version = order.plan.model_version
+        if self._replica is None or self._replica.model_version > version:
+            self._replica = None if order.snapshot is None else replay.restore(order.snapshot, self._edge.num_parameters)
+        if self._replica is not None:
+            self._replica = replay.catch_up(self._replica, order.updates, order.snapshot, version, self._optimizer)
+            for update in order.updates:
+                self._edge.remember(update, len(encode(update)))
+        return self._replica
 
 
 Send = Callable[[Mapping[int, bytes]], Mapping[int, bytes]]
@@ -195,17 +219,47 @@ class RemoteEdges:
     """Edges in processes of their own, from the cloud's side. None is waited for for ever; one that comes back gets what it has missed."""
 
     def __init__(self, edge_ids: Sequence[int], send: Send) -> None:
-        self._tail, self._send = Tail(dict.fromkeys(edge_ids, UNKNOWN)), send
+        """Takes the edges.
 
-    def ask(self, plan: Plan, replica: Replica) -> Answers:
+        Args:
+            edge_ids: Their numbers.
+            send: Carries orders; called by a thread for each round under way.
+        """
+        self._tail, self._send = Tail(dict.fromkeys(edge_ids, UNKNOWN)), send
+        self._alone = threading.Lock()
+
+    def ask(self, plan: Plan, replica: Replica) -> Future[Answers]:
         """Sends a plan to every edge and collects what comes back; an edge that is lost costs its devices this round."""
-        answers, num_bytes = self._ask(self._tail.versions, plan, replica)
-        behind = [answer.edge_id for answer in answers if answer.report is None]
-        for answer in answers:
-            self._tail.note([answer.edge_id], answer.model_version)
-        second, more_bytes = self._ask(behind, plan, replica)
+        orders = self._orders(self._tail.versions, plan, replica)  # here, so that rounds leave in their order
+        future = Future[Answers]()
+        threading.Thread(target=self._asked, args=(future, orders, plan, replica), name=f"round {plan.round_index}", daemon=True).start()
+        return future
+
+    def remember(self, update: Update) -> int:
+        """Keeps the update: it travels with the next plan."""
+        with self._alone:
+            self._tail.remember(update, len(encode(update)))
+        return 0
+
+    def _asked(self, future: Future[Answers], orders: Mapping[int, bytes], plan: Plan, replica: Replica) -> None:
+        try:
+            future.set_result(self._answers(orders, plan, replica))
+        except BaseException as error:  # noqa: BLE001 -- whoever waits for the answers raises it
+            future.set_exception(error)
+
+    def _answers(self, orders: Mapping[int, bytes], plan: Plan, replica: Replica) -> Answers:
+        answers, num_bytes = self._exchanged(orders)
+        behind = [answer for answer in answers if answer.report is None]
+        with self._alone:
+            self._tail.settle(orders, plan.model_version)
+            for answer in behind:
+                self._tail.fall_back(answer.edge_id, answer.model_version)
+        again = self._orders([answer.edge_id for answer in behind], plan, replica)
+        second, more_bytes = self._exchanged(again)
         found = [answer for answer in (*answers, *second) if answer.report is not None]
-        self._tail.note([answer.edge_id for answer in found], plan.model_version)
+        with self._alone:
+            self._tail.settle(again, plan.model_version)
+            self._tail.note([answer.edge_id for answer in found], plan.model_version)
         return Answers(
             reports=tuple(answer.report for answer in found if answer.report is not None),
             answered=tuple(sorted(device for answer in found for device in answer.answered)),
@@ -215,16 +269,16 @@ class RemoteEdges:
             bytes_between=num_bytes + more_bytes,
         )
 
-    def remember(self, update: Update) -> int:
-        """Keeps the update: it travels with the next plan."""
-        self._tail.remember(update, len(encode(update)))
-        return 0
-
-    def _ask(self, edge_ids: Sequence[int] | Mapping[int, int], plan: Plan, replica: Replica) -> tuple[list[EdgeAnswer], int]:
+    def _orders(self, edge_ids: Collection[int], plan: Plan, replica: Replica) -> dict[int, bytes]:
         orders: dict[int, bytes] = {}
-        for edge_id in edge_ids:
-            updates, snapshot = self._tail.missed(edge_id, replica)
-            orders[edge_id] = encode(EdgeOrder(edge_id=edge_id, plan=plan, updates=updates, snapshot=snapshot))
+        with self._alone:
+            for edge_id in edge_ids:
+                updates, snapshot = self._tail.missed(edge_id, replica)
+                orders[edge_id] = encode(EdgeOrder(edge_id=edge_id, plan=plan, updates=updates, snapshot=snapshot))
+            self._tail.expect(orders, plan.model_version)
+        return orders
+
+    def _exchanged(self, orders: Mapping[int, bytes]) -> tuple[list[EdgeAnswer], int]:
         received = self._send(orders) if orders else {}
         answers = [found for edge_id, data in sorted(received.items()) if (found := _read(data, edge_id)) is not None]
         return answers, sum(map(len, orders.values())) + sum(map(len, received.values()))

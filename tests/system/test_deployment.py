@@ -15,11 +15,25 @@ from pathlib import Path
 
 import httpx
 import pytest
-from deployments import TIMEOUT_S, cloud_of, copied, ended, hashes, prepared_in, rounds_done, simulated_in, started, wait_for, words
+from deployments import (
+    TIMEOUT_S,
+    cloud_of,
+    copied,
+    ended,
+    hashes,
+    prepared_in,
+    rounds_done,
+    simulated_in,
+    started,
+    wait_for,
+    with_staleness,
+    words,
+)
 
 import cooperllm
 from cooperllm.deployment.together import edges_and_devices
 from cooperllm.errors import ConfigError
+from cooperllm.run_directory import RunDirectory
 
 ROUNDS = 8
 
@@ -32,6 +46,11 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def simulated(prepared, tmp_path_factory):
     return simulated_in(tmp_path_factory.mktemp("simulated") / "run", prepared, ROUNDS)
+
+
+@pytest.fixture(scope="module")
+def simulated_behind(prepared, tmp_path_factory):
+    return simulated_in(tmp_path_factory.mktemp("behind") / "run", prepared, ROUNDS, staleness=1)
 
 
 @pytest.fixture
@@ -54,6 +73,25 @@ def test_a_cloud_killed_in_the_middle_goes_on_where_its_log_ends(deployment, sim
         with cloud_of(deployment) as again:
             ended(again, deployment)
     assert hashes(deployment / "cloud" / "run") == simulated
+
+
+def test_with_rounds_under_way_together_the_bits_are_those_of_one_process(deployment, simulated, simulated_behind):
+    with edges_and_devices(with_staleness(deployment)), cloud_of(deployment) as cloud:
+        ended(cloud, deployment)
+    assert hashes(deployment / "cloud" / "run") == simulated_behind
+    assert simulated_behind[0] == simulated[0]
+    assert simulated_behind[1] != simulated[1], "the second round starts from the first θ"
+    assert [row["staleness"] for row in RunDirectory(deployment / "cloud" / "run").rounds()] == [0, *[1] * (ROUNDS - 1)]
+
+
+def test_a_cloud_killed_with_two_rounds_under_way_begins_both_again(deployment, simulated_behind):
+    with edges_and_devices(with_staleness(deployment)):
+        with cloud_of(deployment):
+            wait_for(lambda: rounds_done(deployment) >= 3, words(deployment))
+        assert rounds_done(deployment) < ROUNDS
+        with cloud_of(deployment) as again:
+            ended(again, deployment)
+    assert hashes(deployment / "cloud" / "run") == simulated_behind
 
 
 def test_devices_and_edges_killed_in_the_middle_come_back_with_or_without_their_disks(deployment):

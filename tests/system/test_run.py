@@ -79,6 +79,22 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path,
     assert [cut.summary["arms"]["measured"][key] for key in keys] == [whole.summary["arms"]["measured"][key] for key in keys]
 
 
+@pytest.mark.parametrize("arm", [ArmName.FEEDBACK, ArmName.FEDKSEED])
+def test_with_a_round_of_staleness_an_interrupted_run_has_the_bits_and_bytes_of_an_uninterrupted_one(tmp_path, arm):
+    config = tiny(arm, num_rounds=6, checkpoint_every=2, evaluate_every=6)
+    stale = replace(config, federation=replace(config.federation, staleness=1))
+    runs = [cooperllm.run(one, tmp_path / name) for one, name in ((config, "fresh"), (stale, "stale"))]
+    assert final_hash(runs[0].path) != final_hash(runs[1].path)
+    keys = ("round", "staleness", "theta_hash", "bytes_down", "bytes_up", "answered", "num_reports")
+    whole = [[row[key] for key in keys] for row in RunDirectory(tmp_path / "stale").rounds()]
+    assert [row[1] for row in whole] == [0, 1, 1, 1, 1, 1]
+    for stop, engine in ((2, EngineName.GRID), (5, EngineName.LOOPBACK)):
+        with pytest.raises(Interrupt):
+            cooperllm.run(replace(stale, engine=engine), tmp_path / str(stop), interrupt_after(stop))
+        cooperllm.resume(tmp_path / str(stop))
+        assert [[row[key] for key in keys] for row in RunDirectory(tmp_path / str(stop)).rounds()] == whole
+
+
 def test_the_pool_of_public_gradients_survives_an_interruption(tmp_path):
     config = tiny(ArmName.PAPER, checkpoint_every=3)
     config = replace(config, arm=replace(config.arm, pool_size=3, rectification=Rectification.OPTIMAL))

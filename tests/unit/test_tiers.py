@@ -80,7 +80,7 @@ class Fleet:
         self.hosts = {0: self.new(0), 1: self.new(1)}
 
     def new(self, number):
-        return EdgeHost(Edge(number, [number], SIZE), Loopback(self.devices), OPTIMIZER)
+        return EdgeHost(Edge(number, [number], SIZE), lambda: Loopback(self.devices), OPTIMIZER)
 
     def __call__(self, orders):
         self.orders += [(number, decode(data, EdgeOrder)) for number, data in orders.items()]
@@ -89,7 +89,7 @@ class Fleet:
 
 def close(tiers, replica, updates):
     """Asks, and hands the next update on."""
-    answers = tiers.ask(plan(replica), replica)
+    answers = tiers.ask(plan(replica), replica).result()
     tiers.remember(updates[replica.model_version])
     return answers
 
@@ -129,7 +129,7 @@ def test_an_edge_that_has_lost_its_memory_is_asked_again_in_the_same_round():
     close(tiers, replicas[0], updates)
     fleet.hosts[1] = fleet.new(1)
     fleet.orders.clear()
-    answers = tiers.ask(plan(replicas[1]), replicas[1])
+    answers = tiers.ask(plan(replicas[1]), replicas[1]).result()
     assert [report.edge_id for report in answers.reports] == [0, 1]
     assert [(number, order.snapshot is not None) for number, order in fleet.orders] == [(0, False), (1, False), (1, True)]
 
@@ -141,7 +141,7 @@ def test_a_device_that_has_lost_its_disk_is_asked_again_in_the_same_round():
     close(tiers, replicas[0], updates)
     close(tiers, replicas[1], updates)
     new = LocalEdges([edge], Loopback(host()))
-    answers = new.ask(plan(replicas[2]), replicas[2])
+    answers = new.ask(plan(replicas[2]), replicas[2]).result()
     assert answers.answered == (0,)
     assert answers.reports[0].num_devices == 1
     assert answers.reports[0].dropped == {}
@@ -154,7 +154,7 @@ def test_a_device_that_stays_behind_is_counted():
         def answer(self, data):
             return host().answer(encode(replace(decode(data, Order), updates=(), snapshot=None)))
 
-    answers = LocalEdges([Edge(0, [0], SIZE)], Loopback(Forgetful())).ask(plan(replicas[2]), replicas[2])
+    answers = LocalEdges([Edge(0, [0], SIZE)], Loopback(Forgetful())).ask(plan(replicas[2]), replicas[2]).result()
     assert answers.answered == ()
     assert answers.reports[0].dropped == {Outcome.BEHIND: 1}
 
@@ -197,7 +197,7 @@ def test_an_edge_whose_state_went_wrong_says_so_and_starts_again():
     ids=["nothing", "noise", "another edge's"],
 )
 def test_an_answer_that_is_none_costs_its_edge_the_round(forged, caplog):
-    answers = RemoteEdges([0], lambda orders: dict.fromkeys(orders, forged)).ask(plan(START), START)
+    answers = RemoteEdges([0], lambda orders: dict.fromkeys(orders, forged)).ask(plan(START), START).result()
     assert answers.reports == ()
     assert "edge 0 is lost" in caplog.text
 
@@ -219,3 +219,34 @@ def test_snapshots_of_another_model_are_refused():
     small = replay.start(np.zeros(3, np.float32), OPTIMIZER)
     with pytest.raises(DecodeError, match="snapshot: vectors of lengths"):
         edge.answer(encode(EdgeOrder(edge_id=0, plan=plan(START), updates=(), snapshot=small.snapshot())))
+
+
+def test_rounds_under_way_together_send_no_update_twice():
+    """With staleness the next order leaves before the answers to the last one are back; it starts from what that one leads to."""
+    updates, replicas = history(4)
+    fleet = Fleet(host())
+    tiers = RemoteEdges([0, 1], fleet)
+    first = tiers.ask(plan(replicas[0]), replicas[0])
+    for version in range(3):
+        second = tiers.ask(plan(replicas[version], round_index=version + 1), replicas[version])
+        assert [report.num_devices for report in first.result().reports] == [1, 1]
+        tiers.remember(updates[version])
+        first = second
+    first.result()
+    sent = [[update.model_version for update in order.updates] for number, order in fleet.orders if number == 0]
+    assert sent == [[], [], [0], [1]]
+    assert [order.snapshot is not None for number, order in fleet.orders if number == 0] == [True, False, False, False]
+
+
+def test_edge_and_device_that_are_ahead_of_a_cloud_that_came_back_follow_it():
+    """It begins the round that it had under way again, at the version it was begun at."""
+    updates, replicas = history(3)
+    devices = host()
+    fleet = Fleet(devices)
+    tiers = RemoteEdges([0, 1], fleet)
+    for replica in replicas[:3]:
+        close(tiers, replica, updates)
+    back = RemoteEdges([0, 1], fleet)
+    answers = back.ask(plan(replicas[1], round_index=2), replicas[1]).result()
+    assert answers.answered == (0, 1)
+    assert [report.num_devices for report in answers.reports] == [1, 1]

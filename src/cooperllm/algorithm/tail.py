@@ -21,6 +21,7 @@ class Tail:
 
     def __init__(self, versions: Mapping[int, int]) -> None:
         self.versions = dict(versions)
+        self._expected: dict[int, int] = {}
         self._updates: dict[int, tuple[Update, int]] = {}
 
     def remember(self, update: Update, num_bytes: int) -> None:
@@ -33,8 +34,21 @@ class Tail:
         self._updates[update.model_version] = update, num_bytes
 
     def note(self, receivers: Collection[int], version: int) -> None:
-        """Records that receivers have reached a version, or fallen back to it; who is not known here is left out."""
+        """Records that receivers have reached a version; who is not known here is left out."""
         self.versions |= dict.fromkeys(set(receivers) & set(self.versions), version)
+
+    def fall_back(self, receiver: int, version: int) -> None:
+        """Records what a receiver has said that it has, whatever was sent to it; who is not known here is left out."""
+        self._expected.pop(receiver, None)
+        self.note([receiver], version)
+
+    def expect(self, receivers: Collection[int], version: int) -> None:
+        """Records that what leads receivers to a version is on its way: a message that is sent after it starts from there."""
+        self._expected |= dict.fromkeys(receivers, version)
+
+    def settle(self, receivers: Collection[int], version: int) -> None:
+        """Records that what was on its way has arrived, or is lost: from here on only what is known counts."""
+        self._expected = {one: sent for one, sent in self._expected.items() if one not in receivers or sent != version}
 
     def missed(self, receiver: int, replica: Replica) -> tuple[tuple[Update, ...], Snapshot | None]:
         """Finds what leads a receiver to a state.
@@ -56,9 +70,10 @@ class Tail:
             >>> Tail({7: UNKNOWN}).missed(7, start)[1].model_version
             0
         """
-        wanted = range(self.versions[receiver], replica.model_version)
+        known = max(self.versions[receiver], self._expected.get(receiver, UNKNOWN))
+        wanted = range(known, replica.model_version)
         self._forget(replica.theta.nbytes * (1 + len(replica.moments)))
-        if self.versions[receiver] == UNKNOWN or any(version not in self._updates for version in wanted):
+        if known == UNKNOWN or any(version not in self._updates for version in wanted):
             return (), replica.snapshot()
         return tuple(self._updates[version][0] for version in wanted), None
 

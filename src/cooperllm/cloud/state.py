@@ -90,12 +90,15 @@ class Cloud:
         self._held: tuple[Update, ...] = ()
         self._losses: tuple[float, ...] = ()
         self._factor = 1.0
-        self._is_back = False
+        self._is_back, self._back_version = False, 0
         self._good = Good(theta=replica.theta, loss=math.inf)
         self._arm_config = replace(config.arm, feedback_blocks=len(map_fitter.blocks))
 
-    def plan(self) -> Prepared:
+    def plan(self, round_index: int | None = None) -> Prepared:
         """Back-propagates on public data and says what the devices are to measure.
+
+        Args:
+            round_index: Which round; None for the one that the next update closes. A later one starts from a θ that lacks steps between.
 
         Returns:
             The plan, with what the cloud keeps to itself.
@@ -103,7 +106,7 @@ class Cloud:
         Raises:
             DivergenceError: If the public gradient is not finite.
         """
-        config, round_index = self.config, self.replica.model_version
+        config, round_index = self.config, self.replica.model_version if round_index is None else round_index
         seed = noise.derive(config.seed, round_index)
         method = self._arm.at(self._arm_config, round_index)
         guide, gradient, public_loss = self._make_guide(method, seed)
@@ -178,6 +181,9 @@ class Cloud:
         for report in reports:
             dropped.update(report.dropped)
         num_reports = sum(report.num_devices for report in reports)
+        if plan.model_version < self._back_version:
+            nothing = Coordinates(columns=np.zeros(0, np.float32), kind=StepKind.HOLD)
+            return self._closed(plan, nothing, self._factor, (), dropped + Counter({Outcome.STALE: num_reports}))
         has_quorum = not plan.cohort or num_reports >= self.config.federation.min_reports
         if self._has_diverged(reports, dropped, has_quorum=has_quorum):
             theta = compression.pack_vector(self._good.theta, compression.EXACT)
@@ -211,7 +217,7 @@ class Cloud:
         num_reports = sum(report.num_devices for report in reports)
         update = Update(
             round_index=plan.round_index,
-            model_version=plan.model_version,
+            model_version=self.replica.model_version,
             seed=plan.seed,
             learning_rate=factor * self._own_rate(plan.round_index),
             guide=plan.guide if len(found.columns) else None,
@@ -277,7 +283,7 @@ class Cloud:
         self._factor = update.learning_rate / self._own_rate(update.round_index)
         self._is_back = update.kind is StepKind.ROLLBACK
         if self._is_back:
-            self._losses = ()
+            self._losses, self._back_version = (), update.model_version + 1
         elif update.loss is not None:
             self._losses = (*self._losses, update.loss)[-divergence.WINDOW :]
             recent = divergence.recent_loss(self._losses)

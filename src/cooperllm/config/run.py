@@ -28,6 +28,12 @@ class EngineName(Enum):
     FLEET = "fleet"
 
 
+STALE_ARMS = frozenset({
+    ArmName.FEEDBACK, ArmName.MEZO_FL, ArmName.DECOMFL, ArmName.FEDKSEED, ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED
+})  # fmt: skip
+"""Arms whose steps can be made from answers about an earlier θ: none is named along that θ's momentum or public gradients."""
+
+
 class Variant(Enum):
     """How a device package keeps the frozen weights."""
 
@@ -130,6 +136,11 @@ class RunConfig:
         learns_alone = self.arm.name in {ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED}
         needs_torch = learns_alone and self.runtime is not RuntimeName.TORCH
         check(not needs_torch, "runtime", self.runtime.value, f"torch for the arm {self.arm.name.value}: its devices back-propagate")
+        is_bound = self.arm.name not in STALE_ARMS or self.arm.pool_size > 1
+        expected = (
+            f"0 for the arm {self.arm.name.value} with a pool of {self.arm.pool_size}: its steps are named by the θ that they start from"
+        )
+        check(not (self.federation.staleness and is_bound), "federation.staleness", self.federation.staleness, expected)
         check(self.activation_mib is None or self.activation_mib > 0, "activation_mib", self.activation_mib, "> 0, or none")
 
 

@@ -150,6 +150,8 @@ class FederationConfig:
         partition: How examples are spread.
         dirichlet_alpha: Concentration of the Dirichlet partition, > 0; small is uneven.
         partition_column: Column whose values are the devices, for the column partition.
+        staleness: Rounds that devices may be behind, 0 or 1. With 1 they work on the next round while answers travel and are folded: a
+            step is made from gradients at the θ before the last step.
         label_adjustment: Strength τ with which a device's loss allows for its own label shares, >= 0; 0 is plain cross entropy. For every
             arm alike.
     """
@@ -162,9 +164,11 @@ class FederationConfig:
     partition: Partition = Partition.DIRICHLET
     dirichlet_alpha: float = 0.5
     partition_column: str | None = None
+    staleness: int = 0
     label_adjustment: float = 1.0
 
     def __post_init__(self) -> None:
+        check(self.staleness in {0, 1}, "federation.staleness", self.staleness, "0 or 1")
         check(0 <= self.label_adjustment < math.inf, "federation.label_adjustment", self.label_adjustment, ">= 0")
         check(self.num_devices >= 1, "federation.num_devices", self.num_devices, ">= 1")
         check(1 <= self.num_edges <= self.num_devices, "federation.num_edges", self.num_edges, f"1 to {self.num_devices}")

@@ -7,7 +7,7 @@ from cooperllm.deployment.edge_process import open_server
 from cooperllm.deployment.enrolment import read_public_keys
 from cooperllm.deployment.settings import CloudSettings
 from cooperllm.errors import ConfigError
-from cooperllm.link.flower import FleetLink
+from cooperllm.link.flower import fleet_links
 from cooperllm.run_directory import RunDirectory
 from cooperllm.session import Observer, Run, deployed
 from cooperllm.tiers import RemoteEdges
@@ -35,8 +35,8 @@ def run_cloud_process(settings: CloudSettings, observe: Observer | None = None) 
     keys = read_public_keys(settings.edges)
     with open_server(keys, settings.listen, settings.certificate, settings.certificate_key) as server:
         _log.info("cloud: listening on %s for edges %s", server.address, sorted(keys))
-        link = FleetLink(server, "edge", settings.round_timeout_s)
-        return deployed(settings.run, RemoteEdges(sorted(keys), lambda orders: link.send(orders.items())), observe, wait_s=WAIT_S)
+        links = fleet_links(server, "edge", settings.round_timeout_s)
+        return deployed(settings.run, RemoteEdges(sorted(keys), lambda orders: links().send(orders.items())), observe, wait_s=WAIT_S)
 
 
 def check_deployable(config: RunConfig) -> None:

@@ -55,7 +55,8 @@ def run_device_process(settings: DeviceSettings, stop: threading.Event) -> None:
         package.manifest.max_tokens,
         (latest or start).model_version,
     )
-    serve(Server(address=settings.edge, key=settings.key, authority=settings.authority), host.answer, stop)
+    edge = Server(address=settings.edge, key=settings.key, authority=settings.authority)
+    serve(edge, host.answer, stop, at_once=1 + job.config.federation.staleness)
 
 
 def read_texts(file: Path, package: Package) -> DeviceExamples:

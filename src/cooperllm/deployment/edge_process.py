@@ -9,7 +9,7 @@ from cooperllm.deployment.settings import EdgeSettings, host_and_port, read_job
 from cooperllm.edge import Edge
 from cooperllm.link.fleet_node import Server, serve
 from cooperllm.link.fleet_server import Address, Certificate, FleetServer
-from cooperllm.link.flower import FleetLink
+from cooperllm.link.flower import fleet_links
 from cooperllm.tiers import EdgeHost
 
 _log = logging.getLogger(__name__)
@@ -30,8 +30,9 @@ def run_edge_process(settings: EdgeSettings, stop: threading.Event) -> None:
     with open_server(keys, settings.listen, settings.certificate, settings.certificate_key) as server:
         _log.info("edge %d: listening on %s for devices %s", settings.number, server.address, sorted(keys))
         edge = Edge(settings.number, sorted(keys), job.num_parameters)
-        host = EdgeHost(edge, FleetLink(server, "device", settings.round_timeout_s), job.config.optimizer)
-        serve(Server(address=settings.cloud, key=settings.key, authority=settings.authority), host.answer, stop)
+        host = EdgeHost(edge, fleet_links(server, "device", settings.round_timeout_s), job.config.optimizer)
+        cloud = Server(address=settings.cloud, key=settings.key, authority=settings.authority)
+        serve(cloud, host.answer, stop, at_once=1 + job.config.federation.staleness)
 
 
 def open_server(keys: dict[int, bytes], listen: str, chain: Path | None, key: Path | None) -> FleetServer:

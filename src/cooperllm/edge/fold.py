@@ -60,6 +60,10 @@ class Edge:
         """Records that devices have reached a version: after every round, and for past rounds when a run is resumed."""
         self._tail.note(device_ids, model_version)
 
+    def fall_back(self, device_id: int, model_version: int) -> None:
+        """Records that a device has another version than it was thought to have."""
+        self._tail.fall_back(device_id, model_version)
+
     def fan_out(self, plan: Plan, replica: Replica) -> list[Order]:
         """Addresses a plan to the edge's devices of the round's cohort.
 
@@ -75,7 +79,9 @@ class Edge:
         """
         self._maps = joined(self._maps, plan.maps)
         chosen = sorted(set(plan.cohort) & set(self.device_ids))
-        return [self._order(device_id, plan, replica) for device_id in chosen]
+        orders = [self._order(device_id, plan, replica) for device_id in chosen]
+        self._tail.expect(chosen, plan.model_version)
+        return orders
 
     def fold(self, plan: Plan, reports: Sequence[DeviceReport], lost: int = 0) -> EdgeReport:
         """Averages the usable reports of the edge's devices; the order of arrival does not matter.
@@ -89,8 +95,11 @@ class Edge:
             The edge's report; with no usable report its numbers are empty and its weight is 0.
         """
         ordered = sorted(reports, key=lambda report: report.device_id)
+        self._tail.settle(plan.cohort, plan.model_version)
         for report in ordered:
-            if report.model_version == plan.model_version or report.outcome is Outcome.BEHIND:
+            if report.outcome is Outcome.BEHIND:
+                self.fall_back(report.device_id, report.model_version)
+            elif report.model_version == plan.model_version:
                 self.note_version([report.device_id], report.model_version)
         judged = [(report, *_judge(report, plan, self.num_parameters)) for report in ordered]
         usable = [report for report, outcome, _ in judged if outcome is Outcome.OK]

@@ -14,6 +14,7 @@ known, and signs with a clock that may be wrong.
 import datetime
 import email.utils
 import logging
+import queue
 import ssl
 import threading
 import time
@@ -63,7 +64,7 @@ from cooperllm.errors import ConfigError, LinkError
 from cooperllm.link.envelope import unwrap, wrap
 
 POLL_S = 0.2
-RETURN_AFTER_S, RETRY_S = 2.0, 30.0
+RETURN_AFTER_S, RETRY_S, LAST_WORDS_S = 2.0, 30.0, 5.0
 CLOCK_TOLERANCE_S = 2.0
 """When a signature is refused and the clocks differ by more, ours is corrected; the server's answers tell whole seconds."""
 _BAD_SIGNATURE, _UNKNOWN_KEY = 401, 412
@@ -88,13 +89,14 @@ class Server:
     authority: Path | None
 
 
-def serve(server: Server, answer: Answer, stop: threading.Event | None = None) -> None:
-    """Answers a server's messages, one after the other, until told to stop.
+def serve(server: Server, answer: Answer, stop: threading.Event | None = None, at_once: int = 1) -> None:
+    """Answers a server's messages until told to stop.
 
     Args:
         server: Whom.
         answer: Called with each message's bytes; what it raises is told the server as an error.
         stop: Set by somebody who wants this to return; None serves for ever.
+        at_once: Messages in hand at the same time, >= 1: with 2 the next one is fetched while an answer is made or sent.
 
     Raises:
         ConfigError: If the key cannot be read.
@@ -103,7 +105,7 @@ def serve(server: Server, answer: Answer, stop: threading.Event | None = None) -
     stop, key = stop or threading.Event(), read_private_key(server.key)
     while not stop.is_set():
         try:
-            _connected(server, key, answer, stop)
+            _connected(server, key, answer, stop, at_once)
         except (ObjectPullError, ObjectPushError) as error:
             _log.warning("%s took a message back (%s)", server.address, error)
         except (httpx.HTTPError, OSError) as error:
@@ -132,16 +134,24 @@ def read_private_key(file: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _connected(server: Server, key: ec.EllipticCurvePrivateKey, answer: Answer, stop: threading.Event) -> None:
+def _connected(server: Server, key: ec.EllipticCurvePrivateKey, answer: Answer, stop: threading.Event, at_once: int) -> None:
     try:
         with connected(server, key) as fleet:
-            while not stop.is_set():
-                asked = time.monotonic()
-                message = fleet.receive()
-                if message is not None:
-                    fleet.reply(message, answer)
-                elif time.monotonic() - asked < POLL_S:  # a server that does not keep the question open
-                    stop.wait(POLL_S)
+            hands = _Hands(fleet, answer, at_once)
+            try:
+                while not stop.is_set():
+                    if not hands.is_one_free():
+                        continue
+                    asked = time.monotonic()
+                    message = fleet.receive()
+                    if message is not None:
+                        hands.take(message)
+                        continue
+                    hands.free()
+                    if time.monotonic() - asked < POLL_S:  # a server that does not keep the question open
+                        stop.wait(POLL_S)
+            finally:
+                hands.finish(LAST_WORDS_S if stop.is_set() else None)
     except httpx.HTTPStatusError as error:
         if error.response.status_code not in {_BAD_SIGNATURE, _UNKNOWN_KEY}:
             raise
@@ -152,6 +162,45 @@ def _connected(server: Server, key: ec.EllipticCurvePrivateKey, answer: Answer, 
         raise LinkError(
             f"{server.address} is not who it should be ({error}): expected a certificate signed by {server.authority or 'nobody'}"
         ) from error
+
+
+class _Hands:
+    """Answers a few messages side by side; what goes wrong with the link meanwhile is raised where the next hand is waited for."""
+
+    def __init__(self, fleet: "Fleet", answer: Answer, count: int) -> None:
+        self._fleet, self._answer, self._free = fleet, answer, threading.Semaphore(count)
+        self._busy: list[threading.Thread] = []
+        self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+
+    def is_one_free(self) -> bool:
+        """Waits a while for a hand, which is then either given a message or freed."""
+        is_free = self._free.acquire(timeout=POLL_S)
+        if not self._failures.empty():
+            raise self._failures.get()
+        return is_free
+
+    def free(self) -> None:
+        """There was no message."""
+        self._free.release()
+
+    def take(self, message: Message) -> None:
+        """Begins to answer."""
+        self._busy = [thread for thread in self._busy if thread.is_alive()]
+        self._busy.append(threading.Thread(target=self._reply, args=(message,), daemon=True))
+        self._busy[-1].start()
+
+    def finish(self, timeout_s: float | None) -> None:
+        """Waits for what is in hand."""
+        for thread in self._busy:
+            thread.join(timeout_s)
+
+    def _reply(self, message: Message) -> None:
+        try:
+            self._fleet.reply(message, self._answer)
+        except Exception as error:  # noqa: BLE001 -- raised by whoever waits for a free hand
+            self._failures.put(error)
+        finally:
+            self._free.release()
 
 
 def _is_about_tls(error: BaseException | None) -> bool:

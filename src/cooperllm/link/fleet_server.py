@@ -171,8 +171,7 @@ class _State(InMemoryLinkState):
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
         """Waits a while for a message to a node: one request in two seconds, where looking often would fill a slow link.
 
-        Who asks is there, though it may have missed that the server was away: its next heartbeat may be half a minute off. And who asks
-        has nothing in hand: what it was given and has not answered was lost on the way, or with the process that it was before. An older
+        Who asks is there, though it may have missed that the server was away: its next heartbeat may be half a minute off. An older
         question of the same node is nobody's any more.
         """
         if node_id == SUPERLINK_NODE_ID:
@@ -182,8 +181,7 @@ class _State(InMemoryLinkState):
         with self.news:
             self._questions[node_id] = question
             self.news.notify_all()
-            self._give_again(node_id)
-            while not self.is_ending and self._questions[node_id] is question:
+            while not self.is_ending and self._questions.get(node_id) is question:
                 found = super().get_message_ins(node_id, limit, run_id=run_id)
                 left = deadline - time.monotonic()
                 if found or left <= 0:
@@ -214,9 +212,17 @@ class _State(InMemoryLinkState):
         return node.node_id
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
-        """Lets a node in, though it may not have said goodbye."""
+        """Lets a node in, though it may not have said goodbye.
+
+        It has nothing in hand: what it was given and has not answered was lost on the way, or with the process that it was before. Nor
+        does it ask for anything yet.
+        """
+        with self.news:
+            self._questions.pop(node_id, None)
+            self.news.notify_all()
         with self.lock:  # at no moment is the node away for whoever waits for it
             self.deactivate_node(node_id)
+            self._give_again(node_id)
             return super().activate_node(node_id, heartbeat_interval)
 
     def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:

@@ -51,7 +51,7 @@ Drive = Callable[[Link], None]
 """The run itself: everything above the link."""
 
 IDENTIFY, PROBE = "query.identify", "train.probe"
-POLL_S, START_TIMEOUT_S, RETURN_S = 0.02, 600.0, 10.0
+POLL_S, START_TIMEOUT_S, RETURN_S, PATIENCE_S = 0.02, 600.0, 10.0, 30.0
 _log = logging.getLogger(__name__)
 _built: dict[str, Devices] = {}
 
@@ -219,7 +219,7 @@ class FleetLink(GridLink):
     In the beginning it waits for those that are to be asked: all are started at once, and come back to a server one by one.
     """
 
-    def __init__(self, server: FleetServer, whom: str, timeout_s: float, patience_s: float = 30.0) -> None:
+    def __init__(self, server: FleetServer, whom: str, timeout_s: float, patience_s: float = PATIENCE_S) -> None:
         super().__init__(server.grid, len(server.nodes), timeout_s)
         self.whom, self._server, self._patient_until = whom, server, time.monotonic() + patience_s
         self._seen: dict[int, float] = {}
@@ -246,6 +246,21 @@ class FleetLink(GridLink):
         if now - self._seen[number] > RETURN_S:
             self.lost_reasons[number] = "went away"
         return now - self._seen[number] > RETURN_S
+
+
+def fleet_links(server: FleetServer, whom: str, timeout_s: float) -> Callable[[], FleetLink]:
+    """Says how rounds that are under way at the same time reach the same nodes.
+
+    Args:
+        server: The nodes' server.
+        whom: What the nodes are, for people.
+        timeout_s: Seconds after which a node that has not answered is lost to the round.
+
+    Returns:
+        Makes a link; those made within half a minute from now wait that long for nodes that are still on their way.
+    """
+    patient_until = time.monotonic() + PATIENCE_S
+    return lambda: FleetLink(server, whom, timeout_s, max(0.0, patient_until - time.monotonic()))
 
 
 class InProcessGrid(Grid):
