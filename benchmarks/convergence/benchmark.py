@@ -43,6 +43,7 @@ class Row:
         last_layers: How many of the last layers are adapted.
         settings: Settings of the arms that are not the recipe's.
         runtime: What computes the devices' passes.
+        staleness: Rounds that devices may be behind.
     """
 
     recipe: str
@@ -54,6 +55,7 @@ class Row:
     last_layers: int | None = 2
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     runtime: RuntimeName = RuntimeName.TORCH
+    staleness: int = 0
 
     def configs(self, data_directory: str) -> list[RunConfig]:
         """Gives one configuration per arm."""
@@ -72,6 +74,7 @@ class Row:
             model=replace(config.model, last_layers=self.last_layers),
             arm=replace(config.arm, **self.settings),
             runtime=self.runtime,
+            federation=replace(config.federation, staleness=self.staleness),
             num_rounds=self.rounds,
             evaluate_every=10 if self.rounds == LONG else 5,
             checkpoint_every=50,
@@ -120,6 +123,7 @@ ROWS = {
         for recipe in ("sentiment-shift", "missing-topics")
         for bits in SUPPORTED_BITS
     },
+    **{f"{recipe}-stale": Row(recipe, LABEL_FREE, BROAD, staleness=1) for recipe in ("sentiment-shift", "missing-topics")},
     "sentiment-shift-int8": Row("sentiment-shift", LABEL_FREE, BROAD, runtime=RuntimeName.ONNX_INT8),
 }
 

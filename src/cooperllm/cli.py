@@ -240,6 +240,7 @@ app.command("cloud")(deployment_commands.cloud_command)
 app.command("edge")(deployment_commands.edge_command)
 app.command("status")(deployment_commands.status_command)
 app.command("device")(deployment_commands.device_command)
+app.command("timeline")(deployment_commands.timeline_command)
 
 
 @app.command("recipes")

@@ -215,6 +215,23 @@ def _device(settings: Path) -> None:
     until_told(lambda stop: run_device_process(found, stop))
 
 
+def timeline_command(
+    run: Annotated[Path, typer.Argument(help="Directory of a run whose tiers are processes, finished or not.")],
+    last: Annotated[int, typer.Option("--last", help="Draw this many of the last rounds.", min=1)] = 6,
+) -> None:
+    """Draw who was at work when, and what travelled: a lane for each tier and node."""
+    from cooperllm import report  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.run_directory import RunDirectory  # noqa: PLC0415
+
+    times = RunDirectory(run).times()[-last:]
+    if not times:
+        raise ConfigError(f"{run}: found no times, expected a run of `cooperllm up` or `cooperllm cloud`: elsewhere nothing travels")
+    console.print(report.times_table(times))
+    console.print(
+        f"drawn in {report.write_timeline(times, run)}; report.html of a finished run has it, too", highlight=False, soft_wrap=True
+    )
+
+
 def _chosen(recipe: str, data_directory: str, arm: ArmName, options: dict[str, Any]) -> RunConfig:
     """A recipe with the options given; of a fleet that is smaller than a round of the recipe all take part."""
     config, devices = recipes.recipe(recipe, data_directory).with_arm(arm), options["devices"]

@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from cooperllm.config import SUPPORTED_BITS
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
@@ -32,6 +32,7 @@ Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 LARGEST_LOSS = 1e6
 Loss = Annotated[float, Meta(ge=-LARGEST_LOSS, le=LARGEST_LOSS)]
 """Bounded, so that no sender can make a mean overflow; a device with a larger one has no finite loss worth the name."""
+Seconds = Annotated[float, Meta(ge=0, le=1e7)]
 Deviation = Annotated[float, Meta(ge=0, le=LARGEST_LOSS)]
 
 
@@ -206,6 +207,7 @@ class Plan:
         local_training: The alternative to probes, or None.
         feedback: An estimate to make, beside the probes, or None.
         maps: What a receiver lacks of the maps that `feedback` names: whole maps, differences since, or nothing.
+        lookahead_rate: Step size of the step that this θ lacks and that devices are to guess, `algorithm.replay`, eq. (5); 0 for none.
         signal_to_noise: How many times its own rounding a two-point slope is to be: devices that round lengthen half-steps for it; >= 0.
     """
 
@@ -223,6 +225,7 @@ class Plan:
     local_training: LocalTraining | None = None
     feedback: Feedback | None = None
     maps: tuple[Maps, ...] = ()
+    lookahead_rate: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     signal_to_noise: Annotated[float, Meta(ge=0)] = 0.0
     format_version: int = FORMAT_VERSION
 
@@ -412,6 +415,32 @@ class EdgeReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """How a node and its link spent their time on one message; the parts follow each other.
+
+    Attributes:
+        node: Device or edge.
+        begun_s: When the message left, in seconds since its sender began the round.
+        received_s: Until the node had all of it, as far as the node knows: from when it heard of the message.
+        waited_s: In the node's hand, while it was at work on another one.
+        worked_s: At work on it; an edge waits for its devices in this time.
+        returned_s: The rest, until the answer was there: its way back, and the way that the node could not see.
+    """
+
+    node: Count
+    begun_s: Seconds
+    received_s: Seconds
+    waited_s: Seconds
+    worked_s: Seconds
+    returned_s: Seconds
+
+    @property
+    def ended_s(self) -> float:
+        """When the answer was there, in seconds since its sender began the round."""
+        return self.begun_s + self.received_s + self.waited_s + self.worked_s + self.returned_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeOrder:
     """Cloud to an edge in a process of its own: the plan and what the edge needs to reach its version.
 
@@ -440,6 +469,7 @@ class EdgeAnswer:
         forward_passes: Forward passes of one batch, all devices together.
         bytes_down: Bytes to devices.
         bytes_up: Bytes from devices.
+        spent: How each device spent its time, since the edge began.
     """
 
     edge_id: Count
@@ -449,3 +479,4 @@ class EdgeAnswer:
     forward_passes: Count
     bytes_down: Annotated[int, Meta(ge=0)]
     bytes_up: Annotated[int, Meta(ge=0)]
+    spent: tuple[Spent, ...] = ()

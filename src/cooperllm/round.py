@@ -11,12 +11,13 @@ the loopback link. A round has two halves: where devices may be one round behind
 one ends, so that devices work while answers travel.
 """
 
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from cooperllm.cloud import Closed, Cloud, Prepared
 from cooperllm.config import queries_of_estimates
-from cooperllm.tiers import Answers, Tiers
+from cooperllm.tiers import Answers, EdgeTimes, Tiers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +25,35 @@ class Begun:
     """A round that is under way.
 
     Attributes:
+        begun_at: When the cloud began to plan, in seconds since 1970.
+        asked_at: When the plan left.
         prepared: The plan, and what the cloud keeps to itself.
         answers: What the tiers below come to.
     """
 
+    begun_at: float
+    asked_at: float
     prepared: Prepared
     answers: Future[Answers]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundTimes:
+    """When a round was at which tier.
+
+    Attributes:
+        begun_at: When the cloud began to plan, in seconds since 1970.
+        asked_at: When the plan left.
+        answered_at: When the answers had been taken.
+        closed_at: When every tier had been told of the step.
+        edges: How edges in processes of their own spent the time from `asked_at` on.
+    """
+
+    begun_at: float
+    asked_at: float
+    answered_at: float
+    closed_at: float
+    edges: tuple[EdgeTimes, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +70,7 @@ class RoundResult:
         bytes_down: Bytes to devices.
         bytes_up: Bytes from devices.
         bytes_between: Bytes between cloud and edges, both ways.
+        times: When it was at which tier.
     """
 
     closed: Closed
@@ -57,6 +82,7 @@ class RoundResult:
     bytes_down: int
     bytes_up: int
     bytes_between: int
+    times: RoundTimes
 
 
 def run_round(cloud: Cloud, tiers: Tiers) -> RoundResult:
@@ -78,8 +104,10 @@ def begin_round(cloud: Cloud, tiers: Tiers, round_index: int | None = None) -> B
     Raises:
         DivergenceError: If the public gradient is not finite.
     """
+    begun_at = time.time()
     prepared = cloud.plan(round_index)
-    return Begun(prepared=prepared, answers=tiers.ask(prepared.plan, cloud.replica))
+    asked_at = time.time()
+    return Begun(begun_at=begun_at, asked_at=asked_at, prepared=prepared, answers=tiers.ask(prepared.plan, cloud.replica))
 
 
 def end_round(cloud: Cloud, tiers: Tiers, begun: Begun) -> RoundResult:
@@ -97,6 +125,7 @@ def end_round(cloud: Cloud, tiers: Tiers, begun: Begun) -> RoundResult:
         QuorumError: If too few devices gave usable reports; nothing has changed then.
     """
     prepared, answers, version = begun.prepared, begun.answers.result(), cloud.replica.model_version
+    answered_at = time.time()
     closed = cloud.close(prepared, answers.reports)
     update_bytes = tiers.remember(closed.update)
     return RoundResult(
@@ -109,6 +138,9 @@ def end_round(cloud: Cloud, tiers: Tiers, begun: Begun) -> RoundResult:
         bytes_down=answers.bytes_down,
         bytes_up=answers.bytes_up,
         bytes_between=answers.bytes_between + update_bytes,
+        times=RoundTimes(
+            begun_at=begun.begun_at, asked_at=begun.asked_at, answered_at=answered_at, closed_at=time.time(), edges=answers.edges
+        ),
     )
 
 

@@ -11,6 +11,7 @@ A record that ends early is a crash in the middle of a write: it is cut off on r
 is refused and nothing is overwritten.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -180,6 +181,24 @@ class RunDirectory:
             RunDirectoryError: If the file is missing or damaged.
         """
         return [json.loads(line) for line in self._whole_lines()]
+
+    def append_times(self, figures: dict[str, Any]) -> None:
+        """Appends a line of who spent how long on a round, where tiers are processes of their own."""
+        self._append("timeline.jsonl", (json.dumps(figures, allow_nan=False) + "\n").encode())
+
+    def times(self) -> list[dict[str, Any]]:
+        """Reads who spent how long on which round.
+
+        Returns:
+            One dictionary per round, oldest first, the latest of those that were closed twice; none where all tiers were one process.
+        """
+        file = self.path / "timeline.jsonl"
+        lines = file.read_text(encoding="utf8").split("\n")[:-1] if file.is_file() else []
+        by_round: dict[int, dict[str, Any]] = {}
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):  # cut off by a crash; nothing depends on it
+                by_round[json.loads(line)["round"]] = json.loads(line)
+        return [by_round[number] for number in sorted(by_round)]
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replaces the checkpoint in one step."""

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -217,6 +218,8 @@ def _train(
         figures["seconds"] = round(time.perf_counter() - begun, 4)
         files.append_update(result.closed.update)
         files.append_round(figures)
+        if result.times.edges:
+            files.append_times({"round": round_number, **msgspec.to_builtins(result.times)})
         if round_number % config.checkpoint_every == 0:
             files.write_checkpoint(_checkpoint(config, cloud))
         if observe is not None:
@@ -360,6 +363,6 @@ def reported(path: Path, summary: dict[str, Any], *, draws: bool = True) -> Run:
         The finished run or comparison.
     """
     if draws:
-        report.write_page(summary, path, report.write_plots(summary, path))
+        report.write_page(summary, path, report.write_plots(summary, path), RunDirectory(path).times()[-report.SHOWN_ROUNDS :])
     RunDirectory(path).write_json("summary.json", summary)
     return Run(path=path, summary=summary)

@@ -8,10 +8,11 @@ RemoteEdges      such edges, from the cloud's side
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from cooperllm.algorithm import replay
@@ -22,10 +23,23 @@ from cooperllm.edge import Edge
 from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.link.base import Exchange, Link
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import EdgeAnswer, EdgeOrder, EdgeReport, Order, Outcome, Plan, Update
+from cooperllm.messages import EdgeAnswer, EdgeOrder, EdgeReport, Order, Outcome, Plan, Spent, Update
 
 _ANYWAY = nullcontext()
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeTimes:
+    """How an edge and its devices spent a round.
+
+    Attributes:
+        own: The edge, since the cloud asked.
+        devices: Its devices that answered, since the edge began.
+    """
+
+    own: Spent
+    devices: tuple[Spent, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +53,7 @@ class Answers:
         bytes_down: Bytes to devices.
         bytes_up: Bytes from devices.
         bytes_between: Bytes between cloud and edges, both ways.
+        edges: How edges in processes of their own spent the round.
     """
 
     reports: tuple[EdgeReport, ...]
@@ -47,6 +62,15 @@ class Answers:
     bytes_down: int
     bytes_up: int
     bytes_between: int
+    edges: tuple[EdgeTimes, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Received:
+    """What edges answered, by their numbers, and how they spent their time; who is lost is missing in both."""
+
+    data: Mapping[int, bytes]
+    spent: Mapping[int, Spent]
 
 
 @runtime_checkable
@@ -62,7 +86,9 @@ class Tiers(Protocol):
         ...
 
 
-def ask_edges(edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link, alone: AbstractContextManager[object] = _ANYWAY) -> Answers:
+def ask_edges(
+    edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link, alone: AbstractContextManager[object] = _ANYWAY
+) -> tuple[Answers, tuple[Spent, ...]]:
     """Carries a plan to the devices of edges in this process and folds what they report.
 
     Args:
@@ -73,14 +99,17 @@ def ask_edges(edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link, a
         alone: Held while the edges are touched, but not while devices are waited for.
 
     Returns:
-        One report per edge; nothing has gone between cloud and edges.
+        One report per edge, where nothing has gone between cloud and edges; and how devices in processes of their own spent the round.
     """
+    begun = time.monotonic()
     with alone:
         orders = {edge.edge_id: edge.fan_out(plan, replica) for edge in edges}
     exchange = link.exchange([order for edge_orders in orders.values() for order in edge_orders])
     with alone:
         again = _again(edges, plan, replica, exchange)
-    exchange = _joined(exchange, link.exchange(again)) if again else exchange
+    if again:
+        later_s = time.monotonic() - begun
+        exchange = _joined(exchange, link.exchange(again), later_s)
     by_device = {report.device_id: report for report in exchange.reports}
     reports: list[EdgeReport] = []
     with alone:
@@ -89,7 +118,7 @@ def ask_edges(edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link, a
             answered = [by_device[device_id] for device_id in asked if device_id in by_device]
             reports.append(edge.fold(plan, answered, lost=len(asked) - len(answered)))
     current = [report for report in exchange.reports if report.model_version == plan.model_version and report.outcome is not Outcome.BEHIND]
-    return Answers(
+    answers = Answers(
         reports=tuple(reports),
         answered=tuple(sorted(report.device_id for report in current)),
         forward_passes=sum(report.forward_passes for report in exchange.reports),
@@ -97,6 +126,7 @@ def ask_edges(edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link, a
         bytes_up=exchange.bytes_up,
         bytes_between=0,
     )
+    return answers, exchange.spent
 
 
 def _again(edges: Sequence[Edge], plan: Plan, replica: Replica, first: Exchange) -> list[Order]:
@@ -110,14 +140,20 @@ def _again(edges: Sequence[Edge], plan: Plan, replica: Replica, first: Exchange)
     return again
 
 
-def _joined(first: Exchange, second: Exchange) -> Exchange:
+def _joined(first: Exchange, second: Exchange, later_s: float) -> Exchange:
     replaced = {report.device_id for report in second.reports}
+    spent = {one.node: one for one in (*first.spent, *(_later(one, later_s) for one in second.spent))}
     return Exchange(
         reports=[*(report for report in first.reports if report.device_id not in replaced), *second.reports],
         bytes_down=first.bytes_down + second.bytes_down,
         bytes_up=first.bytes_up + second.bytes_up,
         lost=first.lost,
+        spent=tuple(spent.values()),
     )
+
+
+def _later(spent: Spent, seconds: float) -> Spent:
+    return replace(spent, begun_s=spent.begun_s + seconds)
 
 
 class LocalEdges:
@@ -134,7 +170,7 @@ class LocalEdges:
 
     def _asked(self, plan: Plan, replica: Replica) -> Answers:
         packed = encode(plan)
-        found = ask_edges(self._edges, decode(packed, Plan), replica, self._link)  # all edges see the same bytes
+        found, _ = ask_edges(self._edges, decode(packed, Plan), replica, self._link)  # all edges see the same bytes
         reports = [encode(report) for report in found.reports]
         return Answers(
             reports=tuple(decode(report, EdgeReport) for report in reports),
@@ -186,7 +222,7 @@ class EdgeHost:
                 f"round {plan.round_index}: edge {self._edge.edge_id} has {replica.state_hash.hex()}, the plan starts from "
                 f"{plan.theta_hash.hex()}; the edge starts again from a snapshot"
             )
-        found = ask_edges([self._edge], plan, replica, self._links(), self._alone)
+        found, spent = ask_edges([self._edge], plan, replica, self._links(), self._alone)
         return encode(
             EdgeAnswer(
                 edge_id=self._edge.edge_id,
@@ -196,6 +232,7 @@ class EdgeHost:
                 forward_passes=found.forward_passes,
                 bytes_down=found.bytes_down,
                 bytes_up=found.bytes_up,
+                spent=spent,
             )
         )
 
@@ -211,8 +248,8 @@ class EdgeHost:
         return self._replica
 
 
-Send = Callable[[Mapping[int, bytes]], Mapping[int, bytes]]
-"""Carries bytes to nodes by number and brings back what they answered; who is lost is missing."""
+Send = Callable[[Mapping[int, bytes]], Received]
+"""Carries bytes to nodes by number and brings back what they answered."""
 
 
 class RemoteEdges:
@@ -248,14 +285,17 @@ class RemoteEdges:
             future.set_exception(error)
 
     def _answers(self, orders: Mapping[int, bytes], plan: Plan, replica: Replica) -> Answers:
-        answers, num_bytes = self._exchanged(orders)
+        begun = time.monotonic()
+        answers, times, num_bytes = self._exchanged(orders)
         behind = [answer for answer in answers if answer.report is None]
         with self._alone:
             self._tail.settle(orders, plan.model_version)
             for answer in behind:
                 self._tail.fall_back(answer.edge_id, answer.model_version)
         again = self._orders([answer.edge_id for answer in behind], plan, replica)
-        second, more_bytes = self._exchanged(again)
+        later_s = time.monotonic() - begun
+        second, more_times, more_bytes = self._exchanged(again)
+        times |= {edge_id: _later(spent, later_s) for edge_id, spent in more_times.items()}
         found = [answer for answer in (*answers, *second) if answer.report is not None]
         with self._alone:
             self._tail.settle(again, plan.model_version)
@@ -267,6 +307,7 @@ class RemoteEdges:
             bytes_down=sum(answer.bytes_down for answer in found),
             bytes_up=sum(answer.bytes_up for answer in found),
             bytes_between=num_bytes + more_bytes,
+            edges=tuple(EdgeTimes(own=times[answer.edge_id], devices=answer.spent) for answer in found if answer.edge_id in times),
         )
 
     def _orders(self, edge_ids: Collection[int], plan: Plan, replica: Replica) -> dict[int, bytes]:
@@ -278,10 +319,10 @@ class RemoteEdges:
             self._tail.expect(orders, plan.model_version)
         return orders
 
-    def _exchanged(self, orders: Mapping[int, bytes]) -> tuple[list[EdgeAnswer], int]:
-        received = self._send(orders) if orders else {}
-        answers = [found for edge_id, data in sorted(received.items()) if (found := _read(data, edge_id)) is not None]
-        return answers, sum(map(len, orders.values())) + sum(map(len, received.values()))
+    def _exchanged(self, orders: Mapping[int, bytes]) -> tuple[list[EdgeAnswer], dict[int, Spent], int]:
+        received = self._send(orders) if orders else Received(data={}, spent={})
+        answers = [found for edge_id, data in sorted(received.data.items()) if (found := _read(data, edge_id)) is not None]
+        return answers, dict(received.spent), sum(map(len, (*orders.values(), *received.data.values())))
 
 
 def _read(data: bytes, edge_id: int) -> EdgeAnswer | None:

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cooperllm.errors import LinkError
 from cooperllm.link import fleet_node
+from cooperllm.link.fleet_link import FleetLink
 from cooperllm.link.fleet_node import Server, connected, read_private_key, serve
 from cooperllm.link.fleet_server import Address, FleetServer
-from cooperllm.link.flower import FleetLink
 
 HERE = Address(host="127.0.0.1", port=0)
 

@@ -17,6 +17,8 @@ from cooperllm.link.codec import decode, encode
 from cooperllm.messages import (
     Chosen,
     DeviceReport,
+    EdgeAnswer,
+    EdgeOrder,
     EdgeReport,
     Feedback,
     Grouping,
@@ -29,6 +31,7 @@ from cooperllm.messages import (
     RandomSlopes,
     RandomTerm,
     Snapshot,
+    Spent,
     Update,
 )
 
@@ -97,7 +100,42 @@ def report():
     )
 
 
-MESSAGES = [plan(), update(), report(), Order(device_id=1, group=0, plan=plan(), updates=(update(), update()), snapshot=None)]
+def edge_report():
+    numbers = np.arange(2, dtype=np.float32)
+    return EdgeReport(
+        edge_id=1,
+        round_index=0,
+        num_devices=2,
+        num_examples=8,
+        dropped={Outcome.LOST: 1},
+        loss=0.5,
+        column_slopes=numbers,
+        column_squares=numbers,
+        random_slopes=(RandomSlopes(group=3, num_examples=8, slopes=numbers),),
+        estimate=b"packed",
+        agreement=numbers,
+        energy=numbers,
+        forward_passes=9,
+    )
+
+
+def edge_answer():
+    spent = Spent(node=2, begun_s=0.0, received_s=0.1, waited_s=0.0, worked_s=1.0, returned_s=0.2)
+    return EdgeAnswer(
+        edge_id=1, model_version=4, report=edge_report(), answered=(2, 3), forward_passes=18, bytes_down=70, bytes_up=60, spent=(spent,)
+    )
+
+
+STATE = Snapshot(model_version=4, theta=np.ones(3, np.float32), moments=(np.zeros(3, np.float32),))
+MESSAGES = [
+    plan(),
+    update(),
+    report(),
+    Order(device_id=1, group=0, plan=plan(), updates=(update(), update()), snapshot=None),
+    EdgeOrder(edge_id=1, plan=plan(), updates=(update(),), snapshot=STATE),
+    edge_report(),
+    edge_answer(),
+]
 EVERY_KIND = pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 
 
@@ -153,7 +191,7 @@ def test_every_truncation_is_refused(message):
 @EVERY_KIND
 def test_every_field_without_a_default_must_be_there(message):
     plain = msgspec.msgpack.decode(encode(message))
-    optional = {"probes", "local_training", "feedback", "maps", "signal_to_noise", "format_version", "kind"}
+    optional = {"probes", "local_training", "feedback", "maps", "lookahead_rate", "signal_to_noise", "format_version", "kind", "spent"}
     for name in plain.keys() - optional:
         refuses(damaged(message, **{name: ...}), type(message))
 

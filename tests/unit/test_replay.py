@@ -291,3 +291,24 @@ def test_a_snapshot_of_another_shape_is_refused(theta, moments):
     vectors = tuple(np.zeros(length, np.float32) for length in moments)
     with pytest.raises(DecodeError, match="snapshot"):
         replay.restore(Snapshot(model_version=1, theta=np.zeros(theta, np.float32), moments=vectors), SIZE)
+
+
+@OPTIMIZERS
+def test_a_guess_is_right_where_directions_stay_the_same(optimizer):
+    """Where every direction is the mean of those before it the step that is guessed is the step that comes."""
+    along, replica = noise.gaussian(4, 0, SIZE), initial(optimizer)
+    for _ in range(60):
+        replica = replay.step(replica, along, 0.01, optimizer)
+    guess, next_one = replay.lookahead(replica, 0.01, optimizer), replay.step(replica, along, 0.01, optimizer)
+    moved = np.abs(next_one.theta - replica.theta).max()
+    assert np.abs(guess.theta - next_one.theta).max() < 0.01 * moved
+    assert guess.model_version == replica.model_version
+    assert all(np.array_equal(one, other) for one, other in zip(guess.moments, replica.moments, strict=True))
+
+
+@OPTIMIZERS
+def test_nothing_is_guessed_before_the_first_step_or_at_a_rate_of_zero(optimizer):
+    replica = initial(optimizer)
+    assert replay.lookahead(replica, 0.5, optimizer) is replica
+    moved = replay.step(replica, noise.gaussian(4, 0, SIZE), 0.01, optimizer)
+    assert replay.lookahead(moved, 0.0, optimizer) is moved

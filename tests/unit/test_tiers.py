@@ -20,7 +20,7 @@ from cooperllm.errors import DecodeError, ProtocolError, ReplayMismatchError
 from cooperllm.link.codec import decode, encode
 from cooperllm.link.loopback import Loopback
 from cooperllm.messages import DeviceReport, EdgeAnswer, EdgeOrder, Grouping, Order, Outcome, Probes, RandomTerm
-from cooperllm.tiers import EdgeHost, LocalEdges, RemoteEdges
+from cooperllm.tiers import EdgeHost, LocalEdges, Received, RemoteEdges
 
 SIZE = 256
 OPTIMIZER = OptimizerConfig()
@@ -84,7 +84,8 @@ class Fleet:
 
     def __call__(self, orders):
         self.orders += [(number, decode(data, EdgeOrder)) for number, data in orders.items()]
-        return {number: self.hosts[number].answer(data) for number, data in orders.items() if number not in self.away}
+        data = {number: self.hosts[number].answer(data) for number, data in orders.items() if number not in self.away}
+        return Received(data=data, spent={})
 
 
 def close(tiers, replica, updates):
@@ -197,7 +198,7 @@ def test_an_edge_whose_state_went_wrong_says_so_and_starts_again():
     ids=["nothing", "noise", "another edge's"],
 )
 def test_an_answer_that_is_none_costs_its_edge_the_round(forged, caplog):
-    answers = RemoteEdges([0], lambda orders: dict.fromkeys(orders, forged)).ask(plan(START), START).result()
+    answers = RemoteEdges([0], lambda orders: Received(data=dict.fromkeys(orders, forged), spent={})).ask(plan(START), START).result()
     assert answers.reports == ()
     assert "edge 0 is lost" in caplog.text
 

@@ -5,6 +5,9 @@
     m    <- γ m + (1-γ) d,   s <- ν s + (1-ν) d²,
     θ    <- θ - η  m / (1-γ^t)  /  ( √(s / (1-ν^t)) + ε )                    (3)  Adam
     θ    <- dense,   m, s <- 0                                             (4)  a way back, see `algorithm.divergence`
+    θ̂     = θ after (2) or (3) with d = the mean of past directions         (5)  where θ will be when this round's answers arrive
+
+Eq. (5) is for rounds that overlap: their devices work one step behind, and everybody can guess that step from the moments they hold.
 
 A `Replica` is what continues from round to round. Everything is elementwise float32 arithmetic in a fixed order, which IEEE 754 defines
 to the last bit, and the digest of the state is compared after every step.
@@ -14,6 +17,7 @@ Dimension key: k columns, n trainable parameters.
 References:
     Sutskever et al., 2013, On the importance of initialization and momentum in deep learning, Eq. (1)-(2).
     Kingma and Ba, 2015, Adam, arXiv:1412.6980, Algorithm 1. Reddi et al., 2021, arXiv:2003.00295: at a server, over what devices send.
+    Chen, Yang and Cheng, 2018, Efficient and robust parallel DNN training through model parallelism, arXiv:1809.02839, weight prediction.
     Zelikman et al., 2023, Just one byte (per gradient), arXiv:2306.10015: a run as seeds and scalars.
 """
 
@@ -242,6 +246,33 @@ def step(replica: Replica, along: Float32[np.ndarray, "n"], learning_rate: float
     root = np.sqrt(second / np.float32(1 - _power(optimizer.square_decay, version)))
     theta = replica.theta - rate * (mean / (root + np.float32(optimizer.epsilon)))
     return Replica(model_version=version, theta=theta, moments=(first, second))
+
+
+def lookahead(replica: Replica, learning_rate: float, optimizer: OptimizerConfig) -> Replica:
+    """Guesses the step that is being made elsewhere, eq. (5): one along the mean of all directions so far.
+
+    Args:
+        replica: State before that step; not modified.
+        learning_rate: η of that step, >= 0; 0 guesses that nothing moves.
+        optimizer: Kind and decay rates.
+
+    Returns:
+        The same version with θ where it is probably going to be; the same bits for everybody.
+
+    Example:
+        >>> optimizer = OptimizerConfig()
+        >>> moved = step(start(np.zeros(1, np.float32), optimizer), np.ones(1, np.float32), 0.5, optimizer)
+        >>> lookahead(moved, 0.5, optimizer).theta  # momentum .9: m = 1, its mean .1, the next m = .9 + .1
+        array([-1.], dtype=float32)
+    """
+    if learning_rate == 0 or replica.model_version == 0:
+        return replica
+    weight = np.float32(1 - optimizer.momentum)
+    if optimizer.kind is OptimizerKind.MOMENTUM:
+        mean = replica.moments[0] * weight
+    else:
+        mean = replica.moments[0] / np.float32(1 - _power(optimizer.momentum, replica.model_version))
+    return replace(replica, theta=step(replica, mean, learning_rate, optimizer).theta)
 
 
 def seal(replica: Replica, update: Update, optimizer: OptimizerConfig) -> tuple[Update, Replica]:

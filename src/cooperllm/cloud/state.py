@@ -133,6 +133,7 @@ class Cloud:
             local_training=local_training,
             feedback=asked,
             maps=new_maps,
+            lookahead_rate=self._factor * self._own_rate(round_index) if round_index > self.replica.model_version else 0.0,
             signal_to_noise=config.arm.signal_to_noise,
         )
         return Prepared(plan=plan, public=Public(span=span, basis=basis, predicted=predicted), public_loss=public_loss)

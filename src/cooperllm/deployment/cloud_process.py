@@ -1,16 +1,17 @@
 """The cloud in a process of its own: a run whose edges are elsewhere."""
 
 import logging
+from collections.abc import Mapping
 
 from cooperllm.config import RunConfig
 from cooperllm.deployment.edge_process import open_server
 from cooperllm.deployment.enrolment import read_public_keys
 from cooperllm.deployment.settings import CloudSettings
 from cooperllm.errors import ConfigError
-from cooperllm.link.flower import fleet_links
+from cooperllm.link.fleet_link import fleet_links
 from cooperllm.run_directory import RunDirectory
 from cooperllm.session import Observer, Run, deployed
-from cooperllm.tiers import RemoteEdges
+from cooperllm.tiers import Received, RemoteEdges
 
 WAIT_S = 2.0
 _log = logging.getLogger(__name__)
@@ -36,7 +37,12 @@ def run_cloud_process(settings: CloudSettings, observe: Observer | None = None) 
     with open_server(keys, settings.listen, settings.certificate, settings.certificate_key) as server:
         _log.info("cloud: listening on %s for edges %s", server.address, sorted(keys))
         links = fleet_links(server, "edge", settings.round_timeout_s)
-        return deployed(settings.run, RemoteEdges(sorted(keys), lambda orders: links().send(orders.items())), observe, wait_s=WAIT_S)
+
+        def send(orders: Mapping[int, bytes]) -> Received:
+            link = links()
+            return Received(data=link.send(orders.items()), spent=link.spent)
+
+        return deployed(settings.run, RemoteEdges(sorted(keys), send), observe, wait_s=WAIT_S)
 
 
 def check_deployable(config: RunConfig) -> None:

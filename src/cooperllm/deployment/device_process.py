@@ -56,7 +56,7 @@ def run_device_process(settings: DeviceSettings, stop: threading.Event) -> None:
         (latest or start).model_version,
     )
     edge = Server(address=settings.edge, key=settings.key, authority=settings.authority)
-    serve(edge, host.answer, stop, at_once=1 + job.config.federation.staleness)
+    serve(edge, host.answer, stop, 1 + job.config.federation.staleness)
 
 
 def read_texts(file: Path, package: Package) -> DeviceExamples:

@@ -7,9 +7,9 @@ from pathlib import Path
 from cooperllm.deployment.enrolment import read_public_keys
 from cooperllm.deployment.settings import EdgeSettings, host_and_port, read_job
 from cooperllm.edge import Edge
+from cooperllm.link.fleet_link import fleet_links
 from cooperllm.link.fleet_node import Server, serve
 from cooperllm.link.fleet_server import Address, Certificate, FleetServer
-from cooperllm.link.flower import fleet_links
 from cooperllm.tiers import EdgeHost
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ def run_edge_process(settings: EdgeSettings, stop: threading.Event) -> None:
         edge = Edge(settings.number, sorted(keys), job.num_parameters)
         host = EdgeHost(edge, fleet_links(server, "device", settings.round_timeout_s), job.config.optimizer)
         cloud = Server(address=settings.cloud, key=settings.key, authority=settings.authority)
-        serve(cloud, host.answer, stop, at_once=1 + job.config.federation.staleness)
+        at_once = 1 + job.config.federation.staleness
+        serve(cloud, host.answer, stop, at_once, at_once)
 
 
 def open_server(keys: dict[int, bytes], listen: str, chain: Path | None, key: Path | None) -> FleetServer:

@@ -1,6 +1,5 @@
 """The devices that live in one process: they share the base model and, being bitwise equal, one replica."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from cooperllm.algorithm import replay
@@ -11,7 +10,7 @@ from cooperllm.device.probe import behind, catch_up, run_device
 from cooperllm.device.runtime import Runtime, Trainer
 from cooperllm.errors import ProtocolError
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import DeviceReport, Maps, Order, Update
+from cooperllm.messages import Maps, Order, Update
 
 
 class Host:
@@ -47,7 +46,6 @@ class Host:
         self._runtimes = dict(enumerate(runtimes)) if isinstance(runtimes, Sequence) else runtimes
         self._keep = keep
         self._start, self._replica = replica, latest or replica
-        self._alone = threading.Lock()
         self._optimizer = optimizer
         self._history = history
         self._slope_method = slope_method
@@ -55,12 +53,8 @@ class Host:
         self._decoded: DecodedMaps | None = None
 
     def answer(self, data: bytes) -> bytes:
-        """Decodes an order, brings the replica to its version, works, and encodes the report; one order at a time."""
+        """Decodes an order, brings the replica to its version, works, and encodes the report."""
         order = decode(data, Order)
-        with self._alone:
-            return encode(self._answered(order))
-
-    def _answered(self, order: Order) -> DeviceReport:
         if self._replica.model_version > order.plan.model_version:  # a cloud that was killed has begun an earlier round again
             self._replica = self._start
         known = order.plan.model_version - len(order.updates)
@@ -72,7 +66,7 @@ class Host:
         version = order.plan.model_version
         reached = replay.catch_up(self._replica, order.updates, order.snapshot, version, self._optimizer)
         if reached.model_version < version:  # the edge thinks of a device that has lost its disk since
-            return behind(order, reached.model_version)
+            return encode(behind(order, reached.model_version))
         reached = catch_up(reached, order, self._optimizer)
         if reached is not self._replica:
             self._replica = reached
@@ -84,4 +78,5 @@ class Host:
                 self._decoded = unpack_maps(maps, *runtime.map_shape)
                 self._maps = maps
         trainer = runtime if isinstance(runtime, Trainer) else None  # one without PyTorch cannot back-propagate
-        return run_device(order, self._replica, runtime, trainer, self._decoded, self._slope_method)
+        point = replay.lookahead(self._replica, order.plan.lookahead_rate, self._optimizer)
+        return encode(run_device(order, point, runtime, trainer, self._decoded, self._slope_method))

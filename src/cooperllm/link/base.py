@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from cooperllm.messages import DeviceReport, Order
+from cooperllm.messages import DeviceReport, Order, Spent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,12 +16,14 @@ class Exchange:
         bytes_down: Bytes that the devices received.
         bytes_up: Bytes that they sent.
         lost: Devices that were asked and did not answer.
+        spent: How those that answered spent their time; nothing where they are in this process.
     """
 
     reports: Sequence[DeviceReport]
     bytes_down: int
     bytes_up: int
     lost: Sequence[int]
+    spent: tuple[Spent, ...] = ()
 
 
 @runtime_checkable

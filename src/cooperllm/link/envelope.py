@@ -1,7 +1,10 @@
 """Our bytes in a message of Flower's: short ones in a record, long ones in an `Array`, which Flower cuts into chunks.
 
-Every part of a message is a request of its own: a record has one, an array three.
+Every part of a message is a request of its own: a record has one, an array three. A node writes before its answer how long it took.
 """
+
+import math
+import struct
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -49,3 +52,46 @@ def unwrap(message: Message) -> bytes:
             return array.data
         case _:
             raise DecodeError("an answer without our bytes")
+
+
+STAMP = struct.Struct("<3f")
+LONGEST_S = 1e6
+
+
+def stamp(data: bytes, received_s: float, waited_s: float, worked_s: float) -> bytes:
+    """Writes before an answer how a node spent its time.
+
+    Args:
+        data: The answer.
+        received_s: Fetching the message.
+        waited_s: With the message in hand.
+        worked_s: Answering.
+
+    Returns:
+        12 bytes more.
+
+    Example:
+        >>> unstamp(stamp(b"answer", 0.5, 0.0, 2.0))
+        (b'answer', (0.5, 0.0, 2.0))
+    """
+    return STAMP.pack(received_s, waited_s, worked_s) + data
+
+
+def unstamp(data: bytes) -> tuple[bytes, tuple[float, float, float]]:
+    """Takes both apart.
+
+    Args:
+        data: From anywhere.
+
+    Returns:
+        The answer; seconds received, waited and worked.
+
+    Raises:
+        DecodeError: If it is too short or the times are none.
+    """
+    if len(data) < STAMP.size:
+        raise DecodeError(f"an answer of {len(data)} bytes, its times alone are {STAMP.size}")
+    received_s, waited_s, worked_s = STAMP.unpack_from(data)
+    if not all(math.isfinite(seconds) and 0 <= seconds <= LONGEST_S for seconds in (received_s, waited_s, worked_s)):
+        raise DecodeError(f"times {received_s}, {waited_s}, {worked_s} s found, seconds from 0 to {LONGEST_S:g} expected")
+    return data[STAMP.size :], (received_s, waited_s, worked_s)

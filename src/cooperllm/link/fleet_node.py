@@ -61,7 +61,7 @@ from flwr.supercore.retry.retry_invoker import RetryInvoker, exponential
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from cooperllm.errors import ConfigError, LinkError
-from cooperllm.link.envelope import unwrap, wrap
+from cooperllm.link.envelope import stamp, unwrap, wrap
 
 POLL_S = 0.2
 RETURN_AFTER_S, RETRY_S, LAST_WORDS_S = 2.0, 30.0, 5.0
@@ -89,7 +89,7 @@ class Server:
     authority: Path | None
 
 
-def serve(server: Server, answer: Answer, stop: threading.Event | None = None, at_once: int = 1) -> None:
+def serve(server: Server, answer: Answer, stop: threading.Event | None = None, at_once: int = 1, most_at_work: int = 1) -> None:
     """Answers a server's messages until told to stop.
 
     Args:
@@ -97,6 +97,7 @@ def serve(server: Server, answer: Answer, stop: threading.Event | None = None, a
         answer: Called with each message's bytes; what it raises is told the server as an error.
         stop: Set by somebody who wants this to return; None serves for ever.
         at_once: Messages in hand at the same time, >= 1: with 2 the next one is fetched while an answer is made or sent.
+        most_at_work: Answers made at the same time, >= 1; a node that only waits for others makes as many as it has in hand.
 
     Raises:
         ConfigError: If the key cannot be read.
@@ -105,7 +106,7 @@ def serve(server: Server, answer: Answer, stop: threading.Event | None = None, a
     stop, key = stop or threading.Event(), read_private_key(server.key)
     while not stop.is_set():
         try:
-            _connected(server, key, answer, stop, at_once)
+            _connected(server, key, answer, stop, at_once, most_at_work)
         except (ObjectPullError, ObjectPushError) as error:
             _log.warning("%s took a message back (%s)", server.address, error)
         except (httpx.HTTPError, OSError) as error:
@@ -134,18 +135,20 @@ def read_private_key(file: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _connected(server: Server, key: ec.EllipticCurvePrivateKey, answer: Answer, stop: threading.Event, at_once: int) -> None:
+def _connected(
+    server: Server, key: ec.EllipticCurvePrivateKey, answer: Answer, stop: threading.Event, at_once: int, most_at_work: int
+) -> None:
     try:
-        with connected(server, key) as fleet:
+        with connected(server, key, most_at_work) as fleet:
             hands = _Hands(fleet, answer, at_once)
             try:
                 while not stop.is_set():
                     if not hands.is_one_free():
                         continue
                     asked = time.monotonic()
-                    message = fleet.receive()
-                    if message is not None:
-                        hands.take(message)
+                    received = fleet.receive()
+                    if received is not None:
+                        hands.take(received)
                         continue
                     hands.free()
                     if time.monotonic() - asked < POLL_S:  # a server that does not keep the question open
@@ -183,10 +186,10 @@ class _Hands:
         """There was no message."""
         self._free.release()
 
-    def take(self, message: Message) -> None:
+    def take(self, received: tuple[Message, float]) -> None:
         """Begins to answer."""
         self._busy = [thread for thread in self._busy if thread.is_alive()]
-        self._busy.append(threading.Thread(target=self._reply, args=(message,), daemon=True))
+        self._busy.append(threading.Thread(target=self._reply, args=received, daemon=True))
         self._busy[-1].start()
 
     def finish(self, timeout_s: float | None) -> None:
@@ -194,9 +197,9 @@ class _Hands:
         for thread in self._busy:
             thread.join(timeout_s)
 
-    def _reply(self, message: Message) -> None:
+    def _reply(self, message: Message, received_s: float) -> None:
         try:
-            self._fleet.reply(message, self._answer)
+            self._fleet.reply(message, received_s, self._answer)
         except Exception as error:  # noqa: BLE001 -- raised by whoever waits for a free hand
             self._failures.put(error)
         finally:
@@ -210,12 +213,13 @@ def _is_about_tls(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def connected(server: Server, key: ec.EllipticCurvePrivateKey) -> Generator["Fleet"]:
+def connected(server: Server, key: ec.EllipticCurvePrivateKey, most_at_work: int = 1) -> Generator["Fleet"]:
     """Says that a node is there, now and then while it works, and at the end that it is gone.
 
     Args:
         server: Whom.
         key: Of the node.
+        most_at_work: Answers made at the same time, >= 1.
 
     Yields:
         The node's calls.
@@ -237,7 +241,7 @@ def connected(server: Server, key: ec.EllipticCurvePrivateKey) -> Generator["Fle
         heart = HeartbeatSender(is_heard)
         heart.start()
         try:
-            yield Fleet(client, node)
+            yield Fleet(client, node, most_at_work)
         finally:
             heart.stop()
             with suppress(httpx.HTTPError):
@@ -247,18 +251,19 @@ def connected(server: Server, key: ec.EllipticCurvePrivateKey) -> Generator["Fle
 class Fleet:
     """What a node asks of its server: a message with all its parts, and to take a reply with all of its own."""
 
-    def __init__(self, client: FleetHttpClient, node: Node) -> None:
-        self._client, self._node = client, node
+    def __init__(self, client: FleetHttpClient, node: Node, most_at_work: int = 1) -> None:
+        self._client, self._node, self._minds = client, node, threading.Semaphore(most_at_work)
         # A connection that breaks in the middle of an answer is made again, so that what was computed is not computed twice.
         self._retry = RetryInvoker(lambda: exponential(0.1), httpx.TransportError, max_tries=None, max_time=RETRY_S)
 
-    def receive(self) -> Message | None:
+    def receive(self) -> tuple[Message, float] | None:
         """Waits for a message for as long as the server keeps the question open.
 
         Returns:
-            The message, None where there is none.
+            The message, and the seconds that its parts took; None where there is none.
         """
         found = self._client.PullMessages(PullMessagesRequest(node=self._node))
+        heard = time.monotonic()
         if not found.messages_list:
             return None
         tree, run_id = found.message_object_trees[0], message_from_proto(found.messages_list[0]).metadata.run_id
@@ -267,18 +272,19 @@ class Fleet:
         contents = pull_objects(parts, pull, max_concurrent_pulls=1, initial_backoff=0.02, backoff_cap=0.5)
         message: Any = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = tree.object_id
-        return message
+        return message, time.monotonic() - heard
 
-    def reply(self, message: Message, answer: Answer) -> None:
+    def reply(self, message: Message, received_s: float, answer: Answer) -> None:
         """Answers a message.
 
         Args:
             message: As received.
+            received_s: How long that took.
             answer: Makes the answer; what it raises is the answer then.
         """
-        begun, run_id = time.monotonic(), message.metadata.run_id
+        run_id = message.metadata.run_id
         try:
-            reply = Message(wrap(answer(unwrap(message))), reply_to=message)
+            reply = Message(wrap(self._stamped(message, received_s, answer)), reply_to=message)
         except Exception as error:  # noqa: BLE001 -- the wall: whatever a node raises is a value for the other side
             _log.warning("a message could not be answered", exc_info=error)
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message)
@@ -291,7 +297,7 @@ class Fleet:
                 node=self._node,
                 messages_list=[message_to_proto(head)],
                 message_object_trees=[get_object_tree(reply)],
-                clientapp_runtime_list=[time.monotonic() - begun],
+                clientapp_runtime_list=[0.0],
             )
             taken = self._retry.invoke(self._client.PushMessages, request)
             push = make_push_object_fn_protobuf(
@@ -302,6 +308,13 @@ class Fleet:
         make_confirm_message_received_fn_protobuf(
             lambda request: self._retry.invoke(self._client.ConfirmMessageReceived, request), self._node, run_id
         )(message.metadata.message_id)
+
+    def _stamped(self, message: Message, received_s: float, answer: Answer) -> bytes:
+        received = time.monotonic()
+        with self._minds:
+            begun = time.monotonic()
+            data = answer(unwrap(message))
+        return stamp(data, received_s, begun - received, time.monotonic() - begun)
 
 
 class _Signature:

@@ -42,8 +42,7 @@ from cooperllm.errors import ConfigError, DecodeError, LinkError
 from cooperllm.link.base import Devices, Exchange, Link
 from cooperllm.link.codec import decode, encode
 from cooperllm.link.envelope import unwrap, wrap
-from cooperllm.link.fleet_server import FleetServer
-from cooperllm.messages import DeviceReport, Order
+from cooperllm.messages import DeviceReport, Order, Spent
 
 MakeDevices = Callable[[], Devices]
 """Builds the devices of one process; for the simulation it must survive pickling, as a partial of a module's function does."""
@@ -51,7 +50,7 @@ Drive = Callable[[Link], None]
 """The run itself: everything above the link."""
 
 IDENTIFY, PROBE = "query.identify", "train.probe"
-POLL_S, START_TIMEOUT_S, RETURN_S, PATIENCE_S = 0.02, 600.0, 10.0, 30.0
+POLL_S, START_TIMEOUT_S = 0.02, 600.0
 _log = logging.getLogger(__name__)
 _built: dict[str, Devices] = {}
 
@@ -94,6 +93,7 @@ class GridLink:
 
     Attributes:
         lost_reasons: Why nodes were lost in the latest exchange, by number.
+        spent: How nodes that answered in it spent their time, by number; nothing where they do not say so.
         whom: What the nodes are, for people.
     """
 
@@ -101,6 +101,7 @@ class GridLink:
 
     def __init__(self, grid: Grid, num_devices: int, device_timeout_s: float = 600.0, check: Callable[[], object] = bool) -> None:
         self.lost_reasons: dict[int, str] = {}
+        self.spent: dict[int, Spent] = {}
         self._grid, self._num_devices, self._timeout_s, self._check = grid, num_devices, device_timeout_s, check
         self._nodes: dict[int, int] = {}
 
@@ -132,7 +133,11 @@ class GridLink:
             except DecodeError as error:
                 self._lose(device_id, str(error))
         return Exchange(
-            reports=reports, bytes_down=sum(num_bytes), bytes_up=sum(map(len, received.values())), lost=tuple(self.lost_reasons)
+            reports=reports,
+            bytes_down=sum(num_bytes),
+            bytes_up=sum(map(len, received.values())),
+            lost=tuple(self.lost_reasons),
+            spent=tuple(self.spent.values()),
         )
 
     def send(self, packed: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
@@ -156,13 +161,17 @@ class GridLink:
                 pending |= self._push(number, self._nodes[number], PROBE, data, self._timeout_s)
         for number, reply in self._replies(pending, time.monotonic() + self._timeout_s):
             try:
-                received[number] = unwrap(reply)
+                received[number] = self._opened(number, unwrap(reply))
                 del self.lost_reasons[number]
             except DecodeError as error:
                 self.lost_reasons[number] = str(error)
         for number, reason in self.lost_reasons.items():
             self._lose(number, reason)
         return received
+
+    def _opened(self, _number: int, data: bytes) -> bytes:
+        """Takes off what a node has written before its answer."""
+        return data
 
     def _lose(self, number: int, reason: str) -> None:
         self.lost_reasons[number] = reason
@@ -211,56 +220,6 @@ class GridLink:
         self._check()
         time.sleep(POLL_S)
         return time.monotonic() < deadline
-
-
-class FleetLink(GridLink):
-    """The link to nodes in processes of their own: who is there when a round begins is asked.
-
-    In the beginning it waits for those that are to be asked: all are started at once, and come back to a server one by one.
-    """
-
-    def __init__(self, server: FleetServer, whom: str, timeout_s: float, patience_s: float = PATIENCE_S) -> None:
-        super().__init__(server.grid, len(server.nodes), timeout_s)
-        self.whom, self._server, self._patient_until = whom, server, time.monotonic() + patience_s
-        self._seen: dict[int, float] = {}
-
-    def send(self, packed: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
-        """Sends bytes to those nodes that are there, and waits for what they answer."""
-        messages = dict(packed)
-        while not set(messages) <= self._server.online() and self._wait(self._patient_until):
-            pass
-        return super().send(messages.items())
-
-    def _find_nodes(self) -> None:
-        self._nodes = {number: self._server.nodes[number] for number in self._server.online()}
-        self._seen = dict.fromkeys(self._nodes, time.monotonic())
-
-    def _wait(self, deadline: float) -> bool:
-        self._server.wait_for_news(POLL_S)
-        return time.monotonic() < deadline
-
-    def _is_gone(self, number: int) -> bool:
-        """A node that has said goodbye, or sent no heartbeat for a minute, has some seconds to come back."""
-        now = time.monotonic()
-        self._seen |= dict.fromkeys(self._server.online(), now)
-        if now - self._seen[number] > RETURN_S:
-            self.lost_reasons[number] = "went away"
-        return now - self._seen[number] > RETURN_S
-
-
-def fleet_links(server: FleetServer, whom: str, timeout_s: float) -> Callable[[], FleetLink]:
-    """Says how rounds that are under way at the same time reach the same nodes.
-
-    Args:
-        server: The nodes' server.
-        whom: What the nodes are, for people.
-        timeout_s: Seconds after which a node that has not answered is lost to the round.
-
-    Returns:
-        Makes a link; those made within half a minute from now wait that long for nodes that are still on their way.
-    """
-    patient_until = time.monotonic() + PATIENCE_S
-    return lambda: FleetLink(server, whom, timeout_s, max(0.0, patient_until - time.monotonic()))
 
 
 class InProcessGrid(Grid):

@@ -11,18 +11,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cooperllm.report.plots import CHARTS, FALLBACK, STYLES, replace_file
 from cooperllm.report.spread import cells_of, format_duration, pace
 from cooperllm.report.table import BOUND_MARK, Summary, final_accuracies, format_number, format_percent, title
+from cooperllm.report.timeline import COLORS, Row, bars, lanes_of
 
 LEADS = ("feedback", "measured")
 UNGUIDED = "mezo-fl"
+TIMELINE_WIDTH, LANE_HEIGHT = 700, 18
 
 
-def write_page(summary: Summary, directory: Path, plots: Sequence[Path]) -> Path:
+def write_page(summary: Summary, directory: Path, plots: Sequence[Path], times: Sequence[Row] = ()) -> Path:
     """Writes report.html with everything it shows inside it.
 
     Args:
         summary: Content of summary.json; not modified. Whatever it says is shown as text, never as markup.
         directory: Existing directory; a report.html in it is replaced at once.
         plots: PNG files to embed, as `write_plots` returns them.
+        times: Rounds to show as a timeline, where tiers were processes of their own.
 
     Returns:
         The file.
@@ -43,6 +46,12 @@ def write_page(summary: Summary, directory: Path, plots: Sequence[Path]) -> Path
         finals=final_accuracies(summary),
         styles={name: STYLES.get(name, FALLBACK) for name in summary["arms"]},
         figures=[(plot.name, axes.get(plot.name, plot.stem), base64.b64encode(plot.read_bytes()).decode()) for plot in plots],
+        times=times,
+        lanes=lanes_of(times) if times else [],
+        bars=bars(times, TIMELINE_WIDTH, LANE_HEIGHT) if times else [],
+        kinds=COLORS,
+        timeline_width=TIMELINE_WIDTH,
+        lane_height=LANE_HEIGHT,
         command=_command(summary),
         standard_error=_standard_error(summary),
         bound_mark=BOUND_MARK,

@@ -22,7 +22,7 @@ def lay_out(heading: str, columns: Sequence[str], rows: Sequence[tuple[tuple[str
     Args:
         heading: Title.
         columns: Headings, one per cell.
-        rows: Cells of each arm, and whether it is the best one.
+        rows: Cells of each arm, or of whatever a row is, and whether it is the best one.
         caption: What stands below, or nothing.
 
     Returns:
@@ -31,7 +31,7 @@ def lay_out(heading: str, columns: Sequence[str], rows: Sequence[tuple[tuple[str
     table = Table(title=Text(heading), caption=caption or None, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
-    bold = columns.index(next(column for column in columns if column.strip() in {"final", "end"}))
+    bold = next((index for index, column in enumerate(columns) if column.strip() in {"final", "end"}), None)
     for cells, is_best in rows:
         table.add_row(*(Text(cell, "bold" if is_best and index == bold else "") for index, cell in enumerate(cells)))
     return table
