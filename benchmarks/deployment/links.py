@@ -9,8 +9,10 @@ begins with "cpl" and is removed at the end, whatever happens.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -25,6 +27,7 @@ import cooperllm
 from cooperllm.config import RunConfig, RuntimeName
 from cooperllm.deployment.enrolment import Places
 from cooperllm.deployment.together import prepare
+from cooperllm.run_directory import RunDirectory
 
 BRIDGE, PREFIX = "cplbr", "cpl"
 BURST_S, LATENCY_S = 0.01, 0.4
@@ -149,8 +152,8 @@ def on_the_wire(hosts: list[Host]) -> tuple[int, int]:
     return to, by
 
 
-def measured(directory: Path, hosts: list[Host], rate: float, timeout_s: float) -> dict[str, float]:
-    """Runs a deployment with a rate of every device's link, a quarter of it up, and sums its rounds up."""
+def measured(directory: Path, hosts: list[Host], rate: float, timeout_s: float, drop: tuple[int, float] | None) -> dict[str, float]:
+    """Runs a deployment with a rate of every device's link, a quarter of it up, and sums its rounds up; a drop is (round, new rate)."""
     file = directory / "cloud" / "run" / "rounds.jsonl"
     deadline = time.monotonic() + timeout_s
     seen: list[tuple[int, tuple[int, int]]] = []
@@ -161,12 +164,18 @@ def measured(directory: Path, hosts: list[Host], rate: float, timeout_s: float) 
         with processes(hosts, directory) as cloud:
             while cloud.poll() is None and time.monotonic() < deadline:
                 done = len(file.read_text().splitlines())
+                if drop is not None and done >= drop[0]:
+                    for host in hosts:
+                        if host.kind == "device":
+                            limit(host, drop[1], drop[1] / 4)
+                    drop = None
                 if done >= WARM_UP_ROUNDS and (not seen or done > seen[-1][0]):
                     seen.append((done, on_the_wire(hosts)))
                 time.sleep(0.02)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row for row in rows[WARM_UP_ROUNDS:] if row["accuracy"] is None]
     devices = len(rows[0]["answered"])
+    times = RunDirectory(directory / "cloud" / "run").times()
     (begun, before), (ended, after) = seen[0], seen[-2]  # the last round is followed by an evaluation
     down, up = (statistics.median(row[name] for row in rows) / devices for name in ("bytes_down", "bytes_up"))
     wire_down, wire_up = ((later - earlier) / (ended - begun) / devices for later, earlier in zip(after, before, strict=True))
@@ -178,8 +187,19 @@ def measured(directory: Path, hosts: list[Host], rate: float, timeout_s: float) 
         "wire_down": wire_down,
         "wire_up": wire_up,
         "transfer_s": 8e-6 * (wire_down / rate + wire_up / (rate / 4)) if rate else 0.0,
+        "worked_s": statistics.median(
+            device["worked_s"] for row in times[WARM_UP_ROUNDS:] for edge in row["edges"] for device in edge["devices"]
+        ),
         "lost": sum(sum(row["dropped"].values()) for row in rows),
     }
+
+
+def _tell_rounds(directory: Path) -> None:
+    """Prints what each round took and which bits its devices had."""
+    files = RunDirectory(directory / "cloud" / "run")
+    for row, times in zip(files.rounds(), files.times(), strict=True):
+        bits = sorted(one["bits"] for edge in times["edges"] for one in edge["scheduled"])
+        print(f"round {row['round']}: {row['seconds']:.2f} s, {row['bytes_up'] / 1e3:.1f} kB up, bits {bits or 'as planned'}", flush=True)
 
 
 def main() -> None:
@@ -191,15 +211,22 @@ def main() -> None:
     parser.add_argument("--runtime", type=RuntimeName, default=RuntimeName.ONNX)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--edges", type=int, default=2)
+    parser.add_argument("--layers", type=int, help="adapt this many of the last layers; the recipe's otherwise")
+    parser.add_argument("--staleness", type=int, nargs="+", default=[0], help="rounds that devices may be behind: 0, 1 or both")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rates", type=float, nargs="+", default=[0, 100, 10, 1], help="Mbit/s to a device; 0 sets no limit")
+    parser.add_argument("--adapt", action="store_true", help="let edges choose the bits of devices' estimates")
+    parser.add_argument("--drop", nargs=2, metavar=("ROUND", "MBIT"), help="after this round every device's link has this rate")
     parser.add_argument("--timeout-s", type=float, default=1800)
     arguments = parser.parse_args()
     if shutil.which("ip") is None or not ip("netns", "add", f"{PREFIX}try", check=False):
         print("no network namespaces here: Linux, root and iproute2 are needed; nothing was measured")
         return
     ip("netns", "del", f"{PREFIX}try", check=False)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # an exception, so that everything is taken away
     config = cooperllm.recipe(arguments.recipe, arguments.data_directory).config
+    if arguments.layers is not None:
+        config = replace(config, model=replace(config.model, last_layers=arguments.layers))
     federation = replace(config.federation, num_devices=arguments.devices, num_edges=arguments.edges, devices_per_round=arguments.devices)
     config = replace(config, federation=federation, num_rounds=arguments.rounds, evaluate_every=arguments.rounds, runtime=arguments.runtime)
     hosts = hosts_of(config)
@@ -207,21 +234,28 @@ def main() -> None:
     whole = arguments.work / "prepared"
     if not whole.exists():
         prepare(whole, config, places, has_texts=True)
-    print("| Mbit/s down, up | round, median | slowest | messages to, from a device | on the wire to, from it | wire at that rate | lost |")
-    print("|---|---|---|---|---|---|---|")
-    for rate in arguments.rates:
-        directory = arguments.work / f"rate-{rate:g}"
+    print("| Mbit/s down, up | staleness | round, median | slowest | messages to, from a device ", end="")
+    print("| on the wire to, from it | at work | wire at that rate | lost |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for rate, staleness in itertools.product(arguments.rates, arguments.staleness):
+        directory = arguments.work / f"rate-{rate:g}-staleness-{staleness}"
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(whole, directory)
-        found = measured(directory, hosts, rate, arguments.timeout_s)
+        for file in (*directory.glob("*/job.json"), directory / "cloud" / "run" / "config.json"):
+            text = re.sub(r'"staleness": ?0', f'"staleness": {staleness}', file.read_text())
+            file.write_text(re.sub(r'"adapts_bits": ?false', f'"adapts_bits": {json.dumps(arguments.adapt)}', text))
+        drop = None if arguments.drop is None else (int(arguments.drop[0]), float(arguments.drop[1]))
+        found = measured(directory, hosts, rate, arguments.timeout_s, drop)
         speed = f"{rate:g}, {rate / 4:g}" if rate else "no limit"
         print(
-            f"| {speed} | {found['round_s']:.2f} s | {found['slowest_round_s']:.2f} s "
+            f"| {speed} | {staleness} | {found['round_s']:.2f} s | {found['slowest_round_s']:.2f} s "
             f"| {found['bytes_down'] / 1e3:.1f}, {found['bytes_up'] / 1e3:.1f} kB "
             f"| {found['wire_down'] / 1e3:.1f}, {found['wire_up'] / 1e3:.1f} kB "
-            f"| {found['transfer_s']:.2f} s | {found['lost']:.0f} |",
+            f"| {found['worked_s']:.2f} s | {found['transfer_s']:.2f} s | {found['lost']:.0f} |",
             flush=True,
         )
+        if drop is not None:
+            _tell_rounds(directory)
 
 
 if __name__ == "__main__":

@@ -441,6 +441,19 @@ class Spent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Scheduled:
+    """What an edge has decided for a device, and what it expects of it.
+
+    Attributes:
+        bits: Bits per entry of the device's estimate.
+        expected: How it will spend its time, from the moment its order leaves.
+    """
+
+    bits: Count
+    expected: Spent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeOrder:
     """Cloud to an edge in a process of its own: the plan and what the edge needs to reach its version.
 
@@ -470,6 +483,7 @@ class EdgeAnswer:
         bytes_down: Bytes to devices.
         bytes_up: Bytes from devices.
         spent: How each device spent its time, since the edge began.
+        scheduled: What the edge expected of those that it knew something of.
     """
 
     edge_id: Count
@@ -480,3 +494,4 @@ class EdgeAnswer:
     bytes_down: Annotated[int, Meta(ge=0)]
     bytes_up: Annotated[int, Meta(ge=0)]
     spent: tuple[Spent, ...] = ()
+    scheduled: tuple[Scheduled, ...] = ()

@@ -16,14 +16,16 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from cooperllm.algorithm import replay
+from cooperllm.algorithm.compression import packed_bytes
 from cooperllm.algorithm.replay import Replica
 from cooperllm.algorithm.tail import UNKNOWN, Tail
 from cooperllm.config import OptimizerConfig
-from cooperllm.edge import Edge
+from cooperllm.edge import Edge, Schedule
+from cooperllm.edge.fold import NO_BITS
 from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.link.base import Exchange, Link
 from cooperllm.link.codec import decode, encode
-from cooperllm.messages import EdgeAnswer, EdgeOrder, EdgeReport, Order, Outcome, Plan, Spent, Update
+from cooperllm.messages import EdgeAnswer, EdgeOrder, EdgeReport, Order, Outcome, Plan, Scheduled, Spent, Update
 
 _ANYWAY = nullcontext()
 _log = logging.getLogger(__name__)
@@ -36,10 +38,12 @@ class EdgeTimes:
     Attributes:
         own: The edge, since the cloud asked.
         devices: Its devices that answered, since the edge began.
+        scheduled: What the edge expected of them.
     """
 
     own: Spent
     devices: tuple[Spent, ...]
+    scheduled: tuple[Scheduled, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +91,12 @@ class Tiers(Protocol):
 
 
 def ask_edges(
-    edges: Sequence[Edge], plan: Plan, replica: Replica, link: Link, alone: AbstractContextManager[object] = _ANYWAY
+    edges: Sequence[Edge],
+    plan: Plan,
+    replica: Replica,
+    link: Link,
+    alone: AbstractContextManager[object] = _ANYWAY,
+    bits: Mapping[int, int] = NO_BITS,
 ) -> tuple[Answers, tuple[Spent, ...]]:
     """Carries a plan to the devices of edges in this process and folds what they report.
 
@@ -97,16 +106,17 @@ def ask_edges(
         replica: The edges' state at the plan's version.
         link: How orders reach devices.
         alone: Held while the edges are touched, but not while devices are waited for.
+        bits: Bits per entry of some devices' estimates, where they are not the plan's.
 
     Returns:
         One report per edge, where nothing has gone between cloud and edges; and how devices in processes of their own spent the round.
     """
     begun = time.monotonic()
     with alone:
-        orders = {edge.edge_id: edge.fan_out(plan, replica) for edge in edges}
+        orders = {edge.edge_id: edge.fan_out(plan, replica, bits) for edge in edges}
     exchange = link.exchange([order for edge_orders in orders.values() for order in edge_orders])
     with alone:
-        again = _again(edges, plan, replica, exchange)
+        again = _again(edges, plan, replica, exchange, bits)
     if again:
         later_s = time.monotonic() - begun
         exchange = _joined(exchange, link.exchange(again), later_s)
@@ -129,14 +139,14 @@ def ask_edges(
     return answers, exchange.spent
 
 
-def _again(edges: Sequence[Edge], plan: Plan, replica: Replica, first: Exchange) -> list[Order]:
+def _again(edges: Sequence[Edge], plan: Plan, replica: Replica, first: Exchange, bits: Mapping[int, int]) -> list[Order]:
     """Orders for devices that have said which version they really have: one that has come back with an empty disk, say."""
     behind = [report for report in first.reports if report.outcome is Outcome.BEHIND]
     again: list[Order] = []
     for edge in edges if behind else ():
         for report in behind:
             edge.fall_back(report.device_id, report.model_version)
-        again += [order for order in edge.fan_out(plan, replica) if order.device_id in {report.device_id for report in behind}]
+        again += [order for order in edge.fan_out(plan, replica, bits) if order.device_id in {report.device_id for report in behind}]
     return again
 
 
@@ -192,15 +202,16 @@ class LocalEdges:
 class EdgeHost:
     """One edge in a process of its own; it may be asked for the next round while it waits for devices."""
 
-    def __init__(self, edge: Edge, links: Callable[[], Link], optimizer: OptimizerConfig) -> None:
+    def __init__(self, edge: Edge, links: Callable[[], Link], optimizer: OptimizerConfig, schedule: Schedule) -> None:
         """Takes the edge.
 
         Args:
             edge: With the devices that it serves.
             links: Makes the link of one round to them.
             optimizer: The run's optimiser.
+            schedule: What is known of its devices.
         """
-        self._edge, self._links, self._optimizer = edge, links, optimizer
+        self._edge, self._links, self._optimizer, self._schedule = edge, links, optimizer, schedule
         self._replica: Replica | None = None
         self._alone = threading.Lock()
 
@@ -222,7 +233,14 @@ class EdgeHost:
                 f"round {plan.round_index}: edge {self._edge.edge_id} has {replica.state_hash.hex()}, the plan starts from "
                 f"{plan.theta_hash.hex()}; the edge starts again from a snapshot"
             )
-        found, spent = ask_edges([self._edge], plan, replica, self._links(), self._alone)
+        with self._alone:
+            scheduled = self._schedule.of(plan)
+        bits = {device: one.bits for device, one in scheduled.items()}
+        found, spent = ask_edges([self._edge], plan, replica, self._links(), self._alone, bits)
+        asked_bits = 0 if plan.feedback is None else plan.feedback.bits
+        with self._alone:
+            for one in spent if asked_bits else ():
+                self._schedule.note(one, packed_bytes(1, self._edge.num_parameters, bits.get(one.node, asked_bits)))
         return encode(
             EdgeAnswer(
                 edge_id=self._edge.edge_id,
@@ -233,6 +251,7 @@ class EdgeHost:
                 bytes_down=found.bytes_down,
                 bytes_up=found.bytes_up,
                 spent=spent,
+                scheduled=tuple(scheduled.values()),
             )
         )
 
@@ -307,7 +326,11 @@ class RemoteEdges:
             bytes_down=sum(answer.bytes_down for answer in found),
             bytes_up=sum(answer.bytes_up for answer in found),
             bytes_between=num_bytes + more_bytes,
-            edges=tuple(EdgeTimes(own=times[answer.edge_id], devices=answer.spent) for answer in found if answer.edge_id in times),
+            edges=tuple(
+                EdgeTimes(own=times[answer.edge_id], devices=answer.spent, scheduled=answer.scheduled)
+                for answer in found
+                if answer.edge_id in times
+            ),
         )
 
     def _orders(self, edge_ids: Collection[int], plan: Plan, replica: Replica) -> dict[int, bytes]:

@@ -84,7 +84,7 @@ def test_a_file_says_what_it_is_and_promises_nothing(file):
 
 def test_no_file_outgrows_a_reader():
     lengths = {str(file.relative_to(SOURCE)): len(file.read_text().splitlines()) for file in FILES}
-    longest = dict.fromkeys(lengths, 420) | {"messages.py": 490}  # all that crosses a wall is in one file, with what each field means
+    longest = dict.fromkeys(lengths, 420) | {"messages.py": 500}  # all that crosses a wall is in one file, with what each field means
     assert {name: length for name, length in lengths.items() if length > longest[name]} == {}
 
 

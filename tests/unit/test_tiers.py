@@ -15,7 +15,7 @@ from cooperllm.algorithm.rounding import NO_ROUNDING
 from cooperllm.algorithm.tail import UNKNOWN, Tail
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.host import Host
-from cooperllm.edge import Edge
+from cooperllm.edge import Edge, Schedule
 from cooperllm.errors import DecodeError, ProtocolError, ReplayMismatchError
 from cooperllm.link.codec import decode, encode
 from cooperllm.link.loopback import Loopback
@@ -80,7 +80,7 @@ class Fleet:
         self.hosts = {0: self.new(0), 1: self.new(1)}
 
     def new(self, number):
-        return EdgeHost(Edge(number, [number], SIZE), lambda: Loopback(self.devices), OPTIMIZER)
+        return EdgeHost(Edge(number, [number], SIZE), lambda: Loopback(self.devices), OPTIMIZER, Schedule(SIZE, 0, adapts=True))
 
     def __call__(self, orders):
         self.orders += [(number, decode(data, EdgeOrder)) for number, data in orders.items()]

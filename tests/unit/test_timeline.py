@@ -14,7 +14,7 @@ from test_report import MEASURED, make_summary
 from cooperllm.errors import DecodeError
 from cooperllm.link.envelope import LONGEST_S, stamp, unstamp
 from cooperllm.report import times_table, write_page, write_timeline
-from cooperllm.report.timeline import bars, lanes_of, spans
+from cooperllm.report.timeline import EXPECTED, bars, lanes_of, spans
 
 
 def spent(node, **changes):
@@ -23,8 +23,9 @@ def spent(node, **changes):
 
 def rounds():
     """Two rounds; the second is asked before the first is closed, and its device has it in hand meanwhile."""
-    first = [{"own": spent(0, worked_s=1.5), "devices": [spent(2), spent(10, received_s=0.25)]}]
-    second = [{"own": spent(0, begun_s=0.05), "devices": [spent(2, waited_s=0.4)]}]
+    first = [{"own": spent(0, worked_s=1.5), "devices": [spent(2), spent(10, received_s=0.25)], "scheduled": []}]
+    expected = {"bits": 4, "expected": spent(2, worked_s=1.1)}
+    second = [{"own": spent(0, begun_s=0.05), "devices": [spent(2, waited_s=0.4)], "scheduled": [expected]}]
     return [
         {"round": 1, "begun_at": 100.0, "asked_at": 100.5, "answered_at": 102.5, "closed_at": 102.6, "edges": first},
         {"round": 2, "begun_at": 100.5, "asked_at": 100.6, "answered_at": 104.0, "closed_at": 104.1, "edges": second},
@@ -33,11 +34,18 @@ def rounds():
 
 def test_the_parts_of_a_message_follow_each_other_from_the_moment_it_left():
     device = [span for span in spans(rounds()) if span.lane == "device 2" and span.number == 2]
+    device = [span for span in device if span.kind != EXPECTED]
     assert [span.kind for span in device] == ["order travels", "in hand", "at work", "answer travels"]
     # asked at .6, the edge had it .05 + .1 later, and sent it on at once
     assert device[0].begun_s == pytest.approx(0.75)
     assert [later.begun_s - earlier.ended_s for earlier, later in itertools.pairwise(device)] == pytest.approx([0, 0, 0])
     assert device[-1].ended_s == pytest.approx(0.75 + 0.1 + 0.4 + 1.0 + 0.2)
+
+
+def test_what_was_expected_begins_where_the_order_left():
+    (span,) = (span for span in spans(rounds()) if span.kind == EXPECTED)
+    assert (span.lane, span.number) == ("device 2", 2)
+    assert (span.begun_s, span.ended_s) == pytest.approx((0.75, 0.75 + 0.1 + 1.1 + 0.2))
 
 
 def test_lanes_are_in_the_order_of_tiers_and_numbers():

@@ -152,6 +152,8 @@ class FederationConfig:
         partition_column: Column whose values are the devices, for the column partition.
         staleness: Rounds that devices may be behind, 0 or 1. With 1 they work on the next round while answers travel and are folded: a
             step is made from gradients at the θ before the last step.
+        adapts_bits: Whether an edge asks devices on slow links for estimates of fewer bits, `edge.schedule`. Only where they are processes
+            of their own: a run's bits then depend on how fast they were; its log says what every step was all the same.
         label_adjustment: Strength τ with which a device's loss allows for its own label shares, >= 0; 0 is plain cross entropy. For every
             arm alike.
     """
@@ -165,6 +167,7 @@ class FederationConfig:
     dirichlet_alpha: float = 0.5
     partition_column: str | None = None
     staleness: int = 0
+    adapts_bits: bool = False
     label_adjustment: float = 1.0
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cooperllm.deployment.enrolment import read_public_keys
 from cooperllm.deployment.settings import EdgeSettings, host_and_port, read_job
-from cooperllm.edge import Edge
+from cooperllm.edge import Edge, Schedule
 from cooperllm.link.fleet_link import fleet_links
 from cooperllm.link.fleet_node import Server, serve
 from cooperllm.link.fleet_server import Address, Certificate, FleetServer
@@ -30,9 +30,11 @@ def run_edge_process(settings: EdgeSettings, stop: threading.Event) -> None:
     with open_server(keys, settings.listen, settings.certificate, settings.certificate_key) as server:
         _log.info("edge %d: listening on %s for devices %s", settings.number, server.address, sorted(keys))
         edge = Edge(settings.number, sorted(keys), job.num_parameters)
-        host = EdgeHost(edge, fleet_links(server, "device", settings.round_timeout_s), job.config.optimizer)
+        federation = job.config.federation
+        schedule = Schedule(job.num_parameters, federation.staleness, adapts=federation.adapts_bits)
+        host = EdgeHost(edge, fleet_links(server, "device", settings.round_timeout_s), job.config.optimizer, schedule)
         cloud = Server(address=settings.cloud, key=settings.key, authority=settings.authority)
-        at_once = 1 + job.config.federation.staleness
+        at_once = 1 + federation.staleness
         serve(cloud, host.answer, stop, at_once, at_once)
 
 

@@ -6,8 +6,9 @@ estimates        weighted mean over the edge's devices, rounded without bias: on
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float32
@@ -25,6 +26,9 @@ EDGE_ROUNDING = 1 << 33
 
 BITS_OF_MEANS = 8
 """Bits per entry of an edge's mean at least: its rounding has few others to average out against, and its link is no device's."""
+
+
+NO_BITS: Mapping[int, int] = MappingProxyType({})
 
 
 class Edge:
@@ -64,12 +68,13 @@ class Edge:
         """Records that a device has another version than it was thought to have."""
         self._tail.fall_back(device_id, model_version)
 
-    def fan_out(self, plan: Plan, replica: Replica) -> list[Order]:
+    def fan_out(self, plan: Plan, replica: Replica, bits: Mapping[int, int] = NO_BITS) -> list[Order]:
         """Addresses a plan to the edge's devices of the round's cohort.
 
         Args:
             plan: The round, as the cloud sent it.
             replica: The edge's own state at the plan's version.
+            bits: Bits per entry of some devices' estimates, where they are not the plan's.
 
         Returns:
             One order per device, in the order of device numbers. The packed guide is shared, not copied.
@@ -79,7 +84,7 @@ class Edge:
         """
         self._maps = joined(self._maps, plan.maps)
         chosen = sorted(set(plan.cohort) & set(self.device_ids))
-        orders = [self._order(device_id, plan, replica) for device_id in chosen]
+        orders = [self._order(device_id, _with_bits(plan, bits.get(device_id)), replica) for device_id in chosen]
         self._tail.expect(chosen, plan.model_version)
         return orders
 
@@ -143,6 +148,10 @@ class Edge:
             updates=updates,
             snapshot=snapshot,
         )
+
+
+def _with_bits(plan: Plan, bits: int | None) -> Plan:
+    return plan if bits is None or plan.feedback is None else replace(plan, feedback=replace(plan.feedback, bits=bits))
 
 
 def devices_of(edge: int, num_edges: int, num_devices: int) -> range:

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cooperllm.report.plots import CHARTS, FALLBACK, STYLES, replace_file
 from cooperllm.report.spread import cells_of, format_duration, pace
 from cooperllm.report.table import BOUND_MARK, Summary, final_accuracies, format_number, format_percent, title
-from cooperllm.report.timeline import COLORS, Row, bars, lanes_of
+from cooperllm.report.timeline import COLORS, Row, bars, lanes_of, spans
 
 LEADS = ("feedback", "measured")
 UNGUIDED = "mezo-fl"
@@ -50,6 +50,7 @@ def write_page(summary: Summary, directory: Path, plots: Sequence[Path], times: 
         lanes=lanes_of(times) if times else [],
         bars=bars(times, TIMELINE_WIDTH, LANE_HEIGHT) if times else [],
         kinds=COLORS,
+        timeline_s=max((span.ended_s for span in spans(times)), default=0.0) if times else 0.0,
         timeline_width=TIMELINE_WIDTH,
         lane_height=LANE_HEIGHT,
         command=_command(summary),

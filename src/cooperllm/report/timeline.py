@@ -6,7 +6,7 @@
 
 A node tells how long it took, not when: its parts are laid end to end from the moment its message left, by its sender's clock. So no two
 clocks are compared, and what a node cannot see of its link counts as the way back. Two rounds may be under way together: those with even
-numbers are in the upper half of a lane, the others in the lower.
+numbers are in the upper half of a lane, the others in the lower. An outline is what the edge's schedule expected of a device.
 """
 
 import io
@@ -39,6 +39,7 @@ COLORS = {
     "answer travels": "#009E73",
     "fold and step": "#D55E00",
 }
+EXPECTED = "expected"
 
 
 class Span(NamedTuple):
@@ -46,7 +47,7 @@ class Span(NamedTuple):
 
     Attributes:
         lane: Whose.
-        kind: Of `COLORS`.
+        kind: Of `COLORS`, or `EXPECTED`.
         number: Round, from 1.
         begun_s: Since the first plan that is shown.
         ended_s: The same.
@@ -67,6 +68,7 @@ class Bar(NamedTuple):
     width: float
     height: float
     color: str
+    outline: str
     words: str
 
 
@@ -81,7 +83,7 @@ def spans(rows: Sequence[Row]) -> list[Span]:
 
     Example:
         >>> own = dict(node=0, begun_s=0.0, received_s=0.1, waited_s=0.0, worked_s=1.0, returned_s=0.2)
-        >>> row = dict(round=1, begun_at=5.0, asked_at=6.0, answered_at=8.0, closed_at=8.5, edges=[dict(own=own, devices=[])])
+        >>> row = dict(round=1, begun_at=5.0, asked_at=6.0, answered_at=8.0, closed_at=8.5, edges=[dict(own=own, devices=[], scheduled=[])])
         >>> [(span.lane, span.kind, round(span.ended_s, 1)) for span in spans([row])][1:3]
         [('cloud', 'fold and step', 3.5), ('edge 0', 'order travels', 1.1)]
     """
@@ -95,8 +97,12 @@ def spans(rows: Sequence[Row]) -> list[Span]:
             own = edge["own"]
             found += _parts(f"edge {own['node']}", number, own, asked_s, "waits for devices")
             begun_s = asked_s + own["begun_s"] + own["received_s"] + own["waited_s"]
+            expected = {one["expected"]["node"]: _seconds(one["expected"]) for one in edge["scheduled"]}
             for device in edge["devices"]:
-                found += _parts(f"device {device['node']}", number, device, begun_s, "at work")
+                found += _parts(lane := f"device {device['node']}", number, device, begun_s, "at work")
+                if device["node"] in expected:
+                    sent_s = begun_s + device["begun_s"]
+                    found.append(Span(lane, EXPECTED, number, sent_s, sent_s + expected[device["node"]]))
     return found
 
 
@@ -149,7 +155,10 @@ def write_timeline(rows: Sequence[Row], directory: Path) -> Path:
     axes = figure.add_subplot()
     for span in drawn:
         top = lanes.index(span.lane) + (0.06 if span.number % 2 == 0 else 0.5)
-        axes.broken_barh([(span.begun_s, span.ended_s - span.begun_s)], (top, 0.42), facecolors=COLORS[span.kind])
+        look: dict[str, Any] = {"facecolors": COLORS.get(span.kind, "none")}
+        if span.kind == EXPECTED:
+            look |= {"edgecolors": "#222222", "linewidth": 0.7}
+        axes.broken_barh([(span.begun_s, span.ended_s - span.begun_s)], (top, 0.42), **look)
     for row in rows:
         axes.axvline(row["asked_at"] - rows[0]["begun_at"], color="#999999", linewidth=0.6, linestyle=":", zorder=0)
         axes.annotate(
@@ -163,7 +172,9 @@ def write_timeline(rows: Sequence[Row], directory: Path) -> Path:
     axes.tick_params(left=False)
     kinds = [kind for kind in COLORS if any(span.kind == kind for span in drawn)]
     handles = [Patch(facecolor=COLORS[kind], edgecolor="#999999", linewidth=0.4, label=kind) for kind in kinds]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8.5)
+    if any(span.kind == EXPECTED for span in drawn):
+        handles.append(Patch(facecolor="none", edgecolor="#222222", linewidth=0.7, label=EXPECTED))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8.5)
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
     return replace_file(directory / "timeline.png", png.getvalue())
@@ -189,7 +200,8 @@ def bars(rows: Sequence[Row], width: float, lane_height: float) -> list[Bar]:
             y=lanes.index(span.lane) * lane_height + (1 if span.number % 2 == 0 else half),
             width=max(0.5, (span.ended_s - span.begun_s) * scale),
             height=half - 1,
-            color=COLORS[span.kind],
+            color=COLORS.get(span.kind, "none"),
+            outline="currentColor" if span.kind == EXPECTED else "none",
             words=f"{span.lane}, round {span.number}: {span.kind} {span.ended_s - span.begun_s:.3f} s, from {span.begun_s:.3f} s",
         )
         for span in drawn
@@ -211,6 +223,10 @@ def lanes_of(rows: Sequence[Row]) -> list[str]:
 def _place(lane: str) -> tuple[int, int]:
     kind, _, number = lane.partition(" ")
     return ("cloud", "edge", "device").index(kind), int(number or 0)
+
+
+def _seconds(spent: Row) -> float:
+    return sum(spent[part] for part in PARTS)
 
 
 def _parts(lane: str, number: int, spent: Row, asked_s: float, work: str) -> list[Span]:
