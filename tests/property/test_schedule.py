@@ -48,9 +48,8 @@ def test_fewer_bits_are_only_taken_where_the_device_itself_comes_round_sooner(pa
 def test_a_slower_link_never_gets_more_bits(pace, other, staleness, averaged, factor):
     """Most devices stay as they are, so that the median does."""
     others = dict.fromkeys(range(1, 6), other)
-    before, after = (
-        bits_of_devices(others | {0: one}, SIZE, 8, staleness, averaged)[0] for one in (pace, replace(pace, returned_s=pace.returned_s * factor))
-    )
+    slower = replace(pace, returned_s=pace.returned_s * factor)
+    before, after = (bits_of_devices(others | {0: one}, SIZE, 8, staleness, averaged)[0] for one in (pace, slower))
     assert after <= before
 
 
