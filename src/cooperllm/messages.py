@@ -42,6 +42,7 @@ class Outcome(Enum):
     OK = "ok"
     NON_FINITE_LOSS = "non-finite loss"
     LOST = "lost"
+    LATE = "not waited for"
     MISMATCH = "answers another plan"
     STALE = "of a θ that was given up"
     BEHIND = "does not reach the plan's version"

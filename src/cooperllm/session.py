@@ -165,6 +165,12 @@ def _check_engine(config: RunConfig) -> None:
             "engine: found fleet, expected grid, loopback or simulation: the devices of such a run are elsewhere; "
             "`cooperllm up` or `cooperllm enroll` begins one, `cooperllm cloud` goes on with it"
         )
+    for name, plain in (("over_selection", 1.0), ("adapts_bits", False)):
+        if (found := getattr(config.federation, name)) != plain:
+            raise ConfigError(
+                f"federation.{name}: found {found}, expected {plain}: in one process no device is slower than another; "
+                "`cooperllm up` has processes"
+            )
 
 
 def _carried_by(config: RunConfig, assembly: Assembly, drive: Callable[[Link], None]) -> None:

@@ -126,7 +126,8 @@ def ask_edges(
         for edge in edges:
             asked = [order.device_id for order in orders[edge.edge_id]]
             answered = [by_device[device_id] for device_id in asked if device_id in by_device]
-            reports.append(edge.fold(plan, answered, lost=len(asked) - len(answered)))
+            late = len(set(asked) & set(exchange.late) - set(by_device))
+            reports.append(edge.fold(plan, answered, lost=len(asked) - len(answered) - late, late=late))
     current = [report for report in exchange.reports if report.model_version == plan.model_version and report.outcome is not Outcome.BEHIND]
     answers = Answers(
         reports=tuple(reports),
@@ -158,6 +159,7 @@ def _joined(first: Exchange, second: Exchange, later_s: float) -> Exchange:
         bytes_down=first.bytes_down + second.bytes_down,
         bytes_up=first.bytes_up + second.bytes_up,
         lost=first.lost,
+        late=first.late,
         spent=tuple(spent.values()),
     )
 

@@ -10,6 +10,7 @@ import datetime
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import flwr
 import pytest
@@ -18,9 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cooperllm.errors import LinkError
 from cooperllm.link import fleet_node
-from cooperllm.link.fleet_link import FleetLink
+from cooperllm.link.fleet_link import FleetLink, fleet_links
 from cooperllm.link.fleet_node import Server, connected, read_private_key, serve
 from cooperllm.link.fleet_server import Address, FleetServer
+from cooperllm.link.flower import LATE
 
 HERE = Address(host="127.0.0.1", port=0)
 
@@ -45,10 +47,11 @@ def serving(keys, numbers=(3, 5)):
 
 
 @contextlib.contextmanager
-def node(server, file, answer):
+def node(server, file, answer, **hands):
     """A node in a thread of this process, until the end."""
     stop = threading.Event()
-    thread = threading.Thread(target=serve, args=(Server(address=str(server.address), key=file, authority=None), answer, stop))
+    there = Server(address=str(server.address), key=file, authority=None)
+    thread = threading.Thread(target=serve, args=(there, answer, stop), kwargs=hands)
     thread.start()
     try:
         yield
@@ -92,6 +95,46 @@ def test_who_is_not_there_is_not_waited_for_after_the_beginning(keys):
         begun = time.monotonic()
         assert link.send([(5, b"b")]) == {}
         assert time.monotonic() - begun < 0.5
+
+
+def test_who_is_slow_is_not_waited_for_where_more_were_asked_than_are_needed(keys):
+    """Its answer comes to nothing, and it takes part in the next round as if nothing had been."""
+    release = threading.Event()
+
+    def slow(data):
+        assert data != b"first" or release.wait(20)
+        return data
+
+    with serving(keys) as server, node(server, keys[3][0], lambda data: data), node(server, keys[5][0], slow):
+        links = fleet_links(server, "node", 60, over_selection=2.0)
+        first = links()
+        assert first.send([(3, b"first"), (5, b"first")]) == {3: b"first"}
+        assert first.lost_reasons == {5: LATE}
+        release.set()
+        begun = time.monotonic()
+        assert FleetLink(server, "node", 60).send([(3, b"second"), (5, b"second")]) == {3: b"second", 5: b"second"}
+        assert time.monotonic() - begun < 10
+        assert not server._state.message_res_store, "the late answer is kept by nobody"
+
+
+@pytest.mark.parametrize(("most_at_work", "expected"), [(2, b"together"), (1, b"alone")])
+def test_messages_in_hand_side_by_side_are_answered_side_by_side_or_one_by_one(keys, most_at_work, expected):
+    """Both are fetched at once; the second is answered while the first one is, or has to wait for it and says how long."""
+    both = threading.Barrier(2, timeout=0.5)
+
+    def answer(data):
+        try:
+            both.wait()
+        except threading.BrokenBarrierError:
+            return b"alone"
+        return b"together"
+
+    with serving(keys) as server, node(server, keys[3][0], answer, at_once=2, most_at_work=most_at_work):
+        links = [FleetLink(server, "node", 60) for _ in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda link: link.send([(3, b"")]), links))
+    assert found == [{3: expected}] * 2
+    assert (max(link.spent[3].waited_s for link in links) > 0.3) == (most_at_work == 1)
 
 
 def test_a_message_whose_node_was_killed_is_given_again_when_it_comes_back(keys):

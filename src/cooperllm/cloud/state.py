@@ -117,7 +117,7 @@ class Cloud:
         local_training = method.local_training(self._arm_config)
         asks_devices = not (probes is None and local_training is None and asked is None)
         order = noise.permutation(seed, COHORT, config.federation.num_devices)
-        cohort = sorted(order[: config.federation.devices_per_round].tolist()) if asks_devices else []
+        cohort = sorted(order[: config.federation.devices_asked].tolist()) if asks_devices else []
         plan = Plan(
             round_index=round_index,
             model_version=self.replica.model_version,

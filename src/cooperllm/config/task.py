@@ -152,6 +152,8 @@ class FederationConfig:
         partition_column: Column whose values are the devices, for the column partition.
         staleness: Rounds that devices may be behind, 0 or 1. With 1 they work on the next round while answers travel and are folded: a
             step is made from gradients at the θ before the last step.
+        over_selection: Devices that are asked for each one that is waited for, >= 1: of six that are asked an edge waits for five with 1.2,
+            and whoever has not answered then is late. Only where devices are processes of their own: who is in time is a matter of speed.
         adapts_bits: Whether an edge asks devices on slow links for estimates of fewer bits, `edge.schedule`. Only where they are processes
             of their own: a run's bits then depend on how fast they were; its log says what every step was all the same.
         label_adjustment: Strength τ with which a device's loss allows for its own label shares, >= 0; 0 is plain cross entropy. For every
@@ -167,8 +169,14 @@ class FederationConfig:
     dirichlet_alpha: float = 0.5
     partition_column: str | None = None
     staleness: int = 0
+    over_selection: float = 1.0
     adapts_bits: bool = False
     label_adjustment: float = 1.0
+
+    @property
+    def devices_asked(self) -> int:
+        """Devices that are sent a round."""
+        return math.ceil(self.devices_per_round * self.over_selection)
 
     def __post_init__(self) -> None:
         check(self.staleness in {0, 1}, "federation.staleness", self.staleness, "0 or 1")
@@ -187,6 +195,8 @@ class FederationConfig:
             self.min_reports,
             f"1 to {self.devices_per_round}, the devices of a round",
         )
+        most = self.num_devices / self.devices_per_round
+        check(1 <= self.over_selection <= most, "federation.over_selection", self.over_selection, f"1 to {most:g}, all devices")
         check(self.batch_size >= 1, "federation.batch_size", self.batch_size, ">= 1")
         check(self.dirichlet_alpha > 0, "federation.dirichlet_alpha", self.dirichlet_alpha, "> 0")
         needs_column = self.partition is Partition.COLUMN and self.partition_column is None

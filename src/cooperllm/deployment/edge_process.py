@@ -32,7 +32,8 @@ def run_edge_process(settings: EdgeSettings, stop: threading.Event) -> None:
         edge = Edge(settings.number, sorted(keys), job.num_parameters)
         federation = job.config.federation
         schedule = Schedule(job.num_parameters, federation.staleness, adapts=federation.adapts_bits)
-        host = EdgeHost(edge, fleet_links(server, "device", settings.round_timeout_s), job.config.optimizer, schedule)
+        links = fleet_links(server, "device", settings.round_timeout_s, federation.over_selection)
+        host = EdgeHost(edge, links, job.config.optimizer, schedule)
         cloud = Server(address=settings.cloud, key=settings.key, authority=settings.authority)
         at_once = 1 + federation.staleness
         serve(cloud, host.answer, stop, at_once, at_once)

@@ -88,13 +88,14 @@ class Edge:
         self._tail.expect(chosen, plan.model_version)
         return orders
 
-    def fold(self, plan: Plan, reports: Sequence[DeviceReport], lost: int = 0) -> EdgeReport:
+    def fold(self, plan: Plan, reports: Sequence[DeviceReport], lost: int = 0, late: int = 0) -> EdgeReport:
         """Averages the usable reports of the edge's devices; the order of arrival does not matter.
 
         Args:
             plan: The round.
             reports: What came back, in any order.
             lost: Devices that were asked and did not answer.
+            late: Those that were not waited for.
 
         Returns:
             The edge's report; with no usable report its numbers are empty and its weight is 0.
@@ -112,6 +113,7 @@ class Edge:
             self._maps_versions |= dict.fromkeys((report.device_id for report in usable), plan.feedback.maps_version)
         dropped = Counter(outcome for _, outcome, _ in judged if outcome is not Outcome.OK)
         dropped[Outcome.LOST] += lost
+        dropped[Outcome.LATE] += late
         weights = [report.num_examples for report in usable]
         of_columns = worth(weights, [r.column_deviation for r in usable], [r.column_slopes for r in usable])
         of_random = worth(weights, [r.random_deviation for r in usable], [r.random_slopes for r in usable])

@@ -16,6 +16,7 @@ class Exchange:
         bytes_down: Bytes that the devices received.
         bytes_up: Bytes that they sent.
         lost: Devices that were asked and did not answer.
+        late: Those of them that were not waited for, because enough others had answered.
         spent: How those that answered spent their time; nothing where they are in this process.
     """
 
@@ -23,6 +24,7 @@ class Exchange:
     bytes_down: int
     bytes_up: int
     lost: Sequence[int]
+    late: tuple[int, ...] = ()
     spent: tuple[Spent, ...] = ()
 
 

@@ -1,11 +1,12 @@
 """The link to nodes in processes of their own, one for each round that is under way: `flower.GridLink` on a `fleet_server`."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 
 from cooperllm.link.envelope import unstamp
 from cooperllm.link.fleet_server import FleetServer
-from cooperllm.link.flower import POLL_S, GridLink
+from cooperllm.link.flower import LATE, POLL_S, GridLink
 from cooperllm.messages import Spent
 
 RETURN_S, PATIENCE_S = 10.0, 30.0
@@ -17,11 +18,14 @@ class FleetLink(GridLink):
     In the beginning it waits for those that are to be asked: all are started at once, and come back to a server one by one.
     """
 
-    def __init__(self, server: FleetServer, whom: str, timeout_s: float, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, server: FleetServer, whom: str, timeout_s: float, patience_s: float = PATIENCE_S, over_selection: float = 1.0
+    ) -> None:
         super().__init__(server.grid, len(server.nodes), timeout_s)
         self.whom, self._server, self._patient_until = whom, server, time.monotonic() + patience_s
         self._seen: dict[int, float] = {}
         self._made, self._sent = time.monotonic(), dict[int, float]()
+        self._over_selection, self._enough = over_selection, 0
 
     def _push(self, label: int, node_id: int, kind: str, data: bytes, ttl: float) -> dict[str, int]:
         self._sent[label] = time.monotonic() - self._made
@@ -40,6 +44,7 @@ class FleetLink(GridLink):
     def send(self, packed: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
         """Sends bytes to those nodes that are there, and waits for what they answer."""
         messages = dict(packed)
+        self._enough = math.ceil(len(messages) / self._over_selection)
         while not set(messages) <= self._server.online() and self._wait(self._patient_until):
             pass
         return super().send(messages.items())
@@ -48,12 +53,18 @@ class FleetLink(GridLink):
         self._nodes = {number: self._server.nodes[number] for number in self._server.online()}
         self._seen = dict.fromkeys(self._nodes, time.monotonic())
 
+    def _give_up(self, message_id: str) -> None:
+        self._server.forget(message_id)
+
     def _wait(self, deadline: float) -> bool:
         self._server.wait_for_news(POLL_S)
         return time.monotonic() < deadline
 
     def _is_gone(self, number: int) -> bool:
         """A node that has said goodbye, or sent no heartbeat for a minute, has some seconds to come back."""
+        if len(self.spent) >= self._enough:
+            self.lost_reasons[number] = LATE
+            return True
         now = time.monotonic()
         self._seen |= dict.fromkeys(self._server.online(), now)
         if now - self._seen[number] > RETURN_S:
@@ -61,16 +72,17 @@ class FleetLink(GridLink):
         return now - self._seen[number] > RETURN_S
 
 
-def fleet_links(server: FleetServer, whom: str, timeout_s: float) -> Callable[[], FleetLink]:
+def fleet_links(server: FleetServer, whom: str, timeout_s: float, over_selection: float = 1.0) -> Callable[[], FleetLink]:
     """Says how rounds that are under way at the same time reach the same nodes.
 
     Args:
         server: The nodes' server.
         whom: What the nodes are, for people.
         timeout_s: Seconds after which a node that has not answered is lost to the round.
+        over_selection: Nodes that are asked for each one that is waited for, >= 1.
 
     Returns:
         Makes a link; those made within half a minute from now wait that long for nodes that are still on their way.
     """
     patient_until = time.monotonic() + PATIENCE_S
-    return lambda: FleetLink(server, whom, timeout_s, max(0.0, patient_until - time.monotonic()))
+    return lambda: FleetLink(server, whom, timeout_s, max(0.0, patient_until - time.monotonic()), over_selection)

@@ -147,6 +147,10 @@ class FleetServer:
         with self._state.news:
             self._state.news.wait(seconds)
 
+    def forget(self, message_id: str) -> None:
+        """Takes a message back: an answer to it is not kept."""
+        self._state.delete_messages({message_id})
+
     def online(self) -> set[int]:
         """Lists our numbers of the nodes that are there."""
         there = set(self.grid.get_node_ids())

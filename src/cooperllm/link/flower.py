@@ -49,6 +49,7 @@ MakeDevices = Callable[[], Devices]
 Drive = Callable[[Link], None]
 """The run itself: everything above the link."""
 
+LATE = "not waited for: enough others had answered"
 IDENTIFY, PROBE = "query.identify", "train.probe"
 POLL_S, START_TIMEOUT_S = 0.02, 600.0
 _log = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class GridLink:
             bytes_down=sum(num_bytes),
             bytes_up=sum(map(len, received.values())),
             lost=tuple(self.lost_reasons),
+            late=tuple(number for number, reason in self.lost_reasons.items() if reason == LATE),
             spent=tuple(self.spent.values()),
         )
 
@@ -209,8 +211,14 @@ class GridLink:
             yield from ((pending.pop(message.metadata.reply_to_message_id), message) for message in messages)
             for message_id in [message_id for message_id, number in pending.items() if self._is_gone(number)]:
                 del pending[message_id]
+                self._give_up(message_id)
             if pending and not self._wait(deadline):
+                for message_id in pending:
+                    self._give_up(message_id)
                 return
+
+    def _give_up(self, _message_id: str) -> None:
+        """Nobody waits for an answer any longer."""
 
     def _is_gone(self, _number: int) -> bool:
         """Whether nobody should wait for a node any longer."""

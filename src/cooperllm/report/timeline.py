@@ -151,7 +151,7 @@ def write_timeline(rows: Sequence[Row], directory: Path) -> Path:
         OSError: If the directory cannot be written.
     """
     drawn, lanes = spans(rows), lanes_of(rows)
-    figure = Figure(figsize=(9, 1.1 + 0.3 * len(lanes)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 1.4 + 0.3 * len(lanes)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for span in drawn:
         top = lanes.index(span.lane) + (0.06 if span.number % 2 == 0 else 0.5)
@@ -174,7 +174,7 @@ def write_timeline(rows: Sequence[Row], directory: Path) -> Path:
     handles = [Patch(facecolor=COLORS[kind], edgecolor="#999999", linewidth=0.4, label=kind) for kind in kinds]
     if any(span.kind == EXPECTED for span in drawn):
         handles.append(Patch(facecolor="none", edgecolor="#222222", linewidth=0.7, label=EXPECTED))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8.5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
     return replace_file(directory / "timeline.png", png.getvalue())
