@@ -239,6 +239,7 @@ app.command("up")(deployment_commands.up_command)
 app.command("cloud")(deployment_commands.cloud_command)
 app.command("edge")(deployment_commands.edge_command)
 app.command("status")(deployment_commands.status_command)
+app.command("monitor")(deployment_commands.monitor_command)
 app.command("device")(deployment_commands.device_command)
 app.command("timeline")(deployment_commands.timeline_command)
 

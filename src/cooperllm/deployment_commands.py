@@ -165,9 +165,29 @@ def cloud_command(settings: SettingsFile) -> None:
 
 def status_command(run: Annotated[Path, typer.Argument(help="A run directory, such as fleet/cloud/run.")]) -> None:
     """Say where a run is, who answered last, and who was lost."""
-    from cooperllm.status import status_words  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.status import read_status, status_words  # noqa: PLC0415 -- of the extra `cloud`
 
-    console.print(status_words(run, datetime.datetime.now(datetime.UTC)), highlight=False, soft_wrap=True)
+    console.print(status_words(read_status(run, datetime.datetime.now(datetime.UTC))), highlight=False, soft_wrap=True)
+
+
+def monitor_command(
+    run: Annotated[Path, typer.Argument(help="A run directory, such as fleet/cloud/run.")],
+    listen: Annotated[str, typer.Option("--listen", help="HOST:PORT, of this machine alone.")] = "127.0.0.1:9190",
+) -> None:
+    """Show a run on a page that keeps itself up to date, and to Prometheus (/metrics); changes nothing."""
+    from cooperllm.deployment.settings import host_and_port, is_loopback  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.monitor import serve_monitor  # noqa: PLC0415
+
+    host, port = host_and_port(listen, "--listen")
+    if not is_loopback(host):
+        raise ConfigError(
+            f"--listen: found {host}, expected 127.0.0.1: whoever reaches the page may read it; put a server with a lock before it"
+        )
+
+    def tell(address: str) -> None:
+        console.print(f"{address} shows {run}, {address}metrics is for Prometheus; Ctrl-C ends it", highlight=False, soft_wrap=True)
+
+    serve_monitor(run, host, port, tell)
 
 
 def edge_command(settings: SettingsFile) -> None:

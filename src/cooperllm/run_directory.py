@@ -94,15 +94,17 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """Keeps a second process from writing to the same run."""
+        """Keeps a second process from writing to the same run; whoever looks whether it is busy has the lock for an instant."""
         try:
-            with filelock.FileLock(self.path / LOCK, timeout=0):
+            with filelock.FileLock(self.path / LOCK, timeout=1):
                 yield
         except filelock.Timeout as error:
             raise RunDirectoryError(f"{self.path}: another process is writing to this run; wait for it or stop it") from error
 
     def is_busy(self) -> bool:
         """Tells whether a process is writing to the run."""
+        if not (self.path / LOCK).exists():
+            return False
         try:
             with filelock.FileLock(self.path / LOCK, timeout=0):
                 return False

@@ -22,7 +22,7 @@ from cooperllm.errors import RunDirectoryError
 from cooperllm.link.codec import encode
 from cooperllm.messages import FORMAT_VERSION, Maps, Snapshot
 from cooperllm.run_directory import MAGIC, RECORD, Checkpoint, RunDirectory, config_hash
-from cooperllm.status import status_words
+from cooperllm.status import read_status, status_words
 
 ROUNDS = 4
 
@@ -355,12 +355,12 @@ def test_settings_are_named_by_their_values(run):
 def test_status_says_where_a_run_is_from_its_files_alone(tmp_path):
     files = RunDirectory.create(tmp_path / "run", RunConfig(num_rounds=3))
     now = datetime.datetime.now(datetime.UTC)
-    assert status_words(files.path, now) == "demo, feedback, seed 0: round 0 of 3; no process is working on it"
+    assert status_words(read_status(files.path, now)) == "demo, feedback, seed 0: round 0 of 3; no process is working on it"
     row = {"round": 1, "accuracy": 0.75, "seconds": 0.5, "private_loss": 0.6, "answered": [2, 4], "dropped": {"lost": 1}}
     files.append_round(row | {"bytes_down": 10, "bytes_up": 20, "bytes_between": 30})
     files.append_round(row | {"round": 2, "accuracy": None, "dropped": {"lost": 2}, "bytes_down": 1, "bytes_up": 2, "bytes_between": 3})
     with files.locked():
-        said = status_words(files.path, now).splitlines()
+        said = status_words(read_status(files.path, now)).splitlines()
     assert said[0] == "demo, feedback, seed 0: round 2 of 3; a process is working on it"
     assert "took 0.5 s, loss 0.6; accuracy 75.0% after round 1" in said[1]
     assert said[2:] == [
@@ -369,4 +369,4 @@ def test_status_says_where_a_run_is_from_its_files_alone(tmp_path):
         "bytes to devices 11, from devices 22, between cloud and edges 33",
     ]
     with pytest.raises(RunDirectoryError, match="is not a run directory"):
-        status_words(tmp_path, now)
+        read_status(tmp_path, now)

@@ -199,11 +199,23 @@ def _check_security(file: Path, settings: CloudSettings | EdgeSettings | DeviceS
     if settings.insecure and len(missing) < len(wanted):
         raise ConfigError(f"{file}: found insecure = true beside {', '.join(sorted(set(wanted) - set(missing)))}, expected one of both")
     for name, host in hosts.items():
-        if settings.insecure and not _is_loopback(host):
+        if settings.insecure and not is_loopback(host):
             raise ConfigError(f"{file}: found insecure = true and {name} = {addresses[name]!r}, expected 127.0.0.1: plain text stays here")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Tells whether a host is this machine and nobody else's way in.
+
+    Args:
+        host: Name or number.
+
+    Returns:
+        Whether it is a loopback address.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
+        (True, False)
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
