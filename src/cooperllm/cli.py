@@ -240,6 +240,7 @@ app.command("cloud")(deployment_commands.cloud_command)
 app.command("edge")(deployment_commands.edge_command)
 app.command("status")(deployment_commands.status_command)
 app.command("monitor")(deployment_commands.monitor_command)
+app.command("stop")(deployment_commands.stop_command)
 app.command("device")(deployment_commands.device_command)
 app.command("timeline")(deployment_commands.timeline_command)
 
@@ -268,7 +269,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "cooperllm":
             raise
-        extra = "device" if sys.argv[1:2] == ["device"] else "cloud"
+        extra = "device" if sys.argv[1:2] in (["device"], ["stop"]) else "cloud"
         _refuse("ConfigError", f"found no module {error.name!r}, which this command needs; pip install 'cooperllm[{extra}]'")
         raise SystemExit(1) from error
 

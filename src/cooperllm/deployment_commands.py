@@ -170,6 +170,16 @@ def status_command(run: Annotated[Path, typer.Argument(help="A run directory, su
     console.print(status_words(read_status(run, datetime.datetime.now(datetime.UTC))), highlight=False, soft_wrap=True)
 
 
+def stop_command(
+    path: Annotated[Path, typer.Argument(help="A settings file, or a directory with some below it: a deployment's, all of it.")],
+) -> None:
+    """End processes of this machine, and wait until they have: a run goes on where it stopped when they are started again."""
+    from cooperllm.deployment.process_file import stop  # noqa: PLC0415 -- of the extra `device`
+
+    for settings in stop(path):
+        console.print(f"ended: {settings}", highlight=False, soft_wrap=True)
+
+
 def monitor_command(
     run: Annotated[Path, typer.Argument(help="A run directory, such as fleet/cloud/run.")],
     listen: Annotated[str, typer.Option("--listen", help="HOST:PORT, of this machine alone.")] = "127.0.0.1:9190",
@@ -194,10 +204,12 @@ def edge_command(settings: SettingsFile) -> None:
     """Serve devices, and answer the cloud for them."""
     quieten()
     from cooperllm.deployment.edge_process import run_edge_process  # noqa: PLC0415 -- imports Flower's server
+    from cooperllm.deployment.process_file import running  # noqa: PLC0415
     from cooperllm.deployment.settings import EdgeSettings, read_settings  # noqa: PLC0415
 
     found = read_settings(settings, EdgeSettings)
-    until_told(lambda stop: run_edge_process(found, stop))
+    with running(settings):
+        until_told(lambda stop: run_edge_process(found, stop))
 
 
 def device_command(
@@ -229,10 +241,12 @@ def device_command(
 def _device(settings: Path) -> None:
     quieten()
     from cooperllm.deployment.device_process import run_device_process  # noqa: PLC0415 -- of the extra `device`
+    from cooperllm.deployment.process_file import running  # noqa: PLC0415
     from cooperllm.deployment.settings import DeviceSettings, read_settings  # noqa: PLC0415
 
     found = read_settings(settings, DeviceSettings)
-    until_told(lambda stop: run_device_process(found, stop))
+    with running(settings):
+        until_told(lambda stop: run_device_process(found, stop))
 
 
 def timeline_command(
@@ -279,9 +293,12 @@ def _prepare(directory: Path, config: RunConfig, hosts: str, port: int, *, has_t
 def _cloud(settings: Path) -> None:
     from cooperllm import models  # noqa: PLC0415 -- of the extra `cloud`
     from cooperllm.deployment.cloud_process import run_cloud_process  # noqa: PLC0415
+    from cooperllm.deployment.process_file import running  # noqa: PLC0415
     from cooperllm.deployment.settings import CloudSettings, read_settings  # noqa: PLC0415
     from cooperllm.showing import show  # noqa: PLC0415
 
     models.hush()
     found = read_settings(settings, CloudSettings)
-    show(console, lambda progress: run_cloud_process(found, progress.observe), f"cooperllm cloud {settings}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to stop: as if by Ctrl-C
+    with running(settings):
+        show(console, lambda progress: run_cloud_process(found, progress.observe), f"cooperllm cloud {settings}")

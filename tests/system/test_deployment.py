@@ -94,6 +94,30 @@ def test_a_cloud_killed_with_two_rounds_under_way_begins_both_again(deployment, 
     assert hashes(deployment / "cloud" / "run") == simulated_behind
 
 
+def commanded(*given):
+    return subprocess.run([sys.executable, "-m", "cooperllm", *map(str, given)], capture_output=True, text=True, check=False)
+
+
+def test_stop_ends_every_process_and_the_run_goes_on_when_they_are_started_again(deployment, simulated):
+    with edges_and_devices(deployment) as processes:
+        wait_for(lambda: (deployment / "edge-0" / "edge.pid").exists(), words(deployment))
+        twice = commanded("edge", deployment / "edge-0" / "edge.toml")
+        assert twice.returncode == 1
+        assert "found a process that runs with these settings" in twice.stderr
+        with cloud_of(deployment) as cloud:
+            wait_for(lambda: rounds_done(deployment) >= 2, words(deployment))
+            done = commanded("stop", deployment)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("ended: ") == 1 + 2 + 6
+            assert cloud.wait(10) == 130
+        assert [process.wait(10) for process in processes] == [0] * 8
+    assert not list(deployment.glob("*/*.pid"))
+    assert rounds_done(deployment) < ROUNDS
+    with edges_and_devices(deployment), cloud_of(deployment) as again:
+        ended(again, deployment)
+    assert hashes(deployment / "cloud" / "run") == simulated
+
+
 def test_devices_and_edges_killed_in_the_middle_come_back_with_or_without_their_disks(deployment):
     with edges_and_devices(deployment) as processes, cloud_of(deployment) as cloud:
         wait_for(lambda: rounds_done(deployment) >= 2, words(deployment))

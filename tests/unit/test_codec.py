@@ -191,7 +191,18 @@ def test_every_truncation_is_refused(message):
 @EVERY_KIND
 def test_every_field_without_a_default_must_be_there(message):
     plain = msgspec.msgpack.decode(encode(message))
-    optional = {"probes", "local_training", "feedback", "maps", "lookahead_rate", "signal_to_noise", "format_version", "kind", "spent"}
+    optional = {
+        "probes",
+        "local_training",
+        "feedback",
+        "maps",
+        "lookahead_rate",
+        "signal_to_noise",
+        "format_version",
+        "kind",
+        "spent",
+        "scheduled",
+    }
     for name in plain.keys() - optional:
         refuses(damaged(message, **{name: ...}), type(message))
 

@@ -3,6 +3,7 @@
 Run: pytest tests/unit/test_deployment_files.py
 """
 
+import os
 import ssl
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cooperllm.algorithm import noise, replay
 from cooperllm.config import FederationConfig, OptimizerConfig, RunConfig
+from cooperllm.deployment import process_file
 from cooperllm.deployment.enrolment import Places, enroll, read_public_keys
 from cooperllm.deployment.settings import CloudSettings, DeviceSettings, EdgeSettings, Job, host_and_port, read_job, read_settings
 from cooperllm.deployment.state_file import StateFile
@@ -171,3 +173,25 @@ def test_a_disk_that_takes_nothing_is_a_warning(tmp_path: Path, caplog):
     (tmp_path / "state").write_text("a file in the place of a directory")
     StateFile(tmp_path / "state" / "replica.bin").write(START)
     assert "not written" in caplog.text
+
+
+def test_a_number_that_was_left_behind_is_no_process(tmp_path):
+    """Whoever has that number now is somebody else: here this very test."""
+    settings = tmp_path / "device.toml"
+    settings.write_text("")
+    (tmp_path / "device.pid").write_text(f"{os.getpid()}\n")
+    (tmp_path / "device.lock").touch()
+    for path in (settings, tmp_path):
+        with pytest.raises(ConfigError, match="found no process that runs with settings from here"):
+            process_file.stop(path)
+
+
+def test_a_second_process_with_the_same_settings_is_refused_and_a_later_one_is_not(tmp_path):
+    settings = tmp_path / "device.toml"
+    with process_file.running(settings):
+        assert (tmp_path / "device.pid").read_text() == f"{os.getpid()}\n"
+        with pytest.raises(ConfigError, match="found a process that runs with these settings"), process_file.running(settings):
+            pass
+    with process_file.running(settings):
+        pass
+    assert not (tmp_path / "device.pid").exists()
