@@ -24,6 +24,9 @@ def running(settings: Path) -> Generator[None]:
     Args:
         settings: Its TOML file.
 
+    Yields:
+        None; the number is written by then.
+
     Raises:
         ConfigError: If another one does: two devices with one state would ruin it.
     """
