@@ -17,11 +17,14 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cooperllm.config import FederationConfig, RunConfig
+from cooperllm.deployment.enrolment import Places, enroll, read_public_keys
+from cooperllm.deployment.settings import Job
 from cooperllm.errors import LinkError
 from cooperllm.link import fleet_node
 from cooperllm.link.fleet_link import FleetLink, fleet_links
 from cooperllm.link.fleet_node import Server, connected, read_private_key, serve
-from cooperllm.link.fleet_server import Address, FleetServer
+from cooperllm.link.fleet_server import Address, Certificate, FleetServer
 from cooperllm.link.flower import LATE
 
 HERE = Address(host="127.0.0.1", port=0)
@@ -178,6 +181,20 @@ def test_a_node_has_the_same_number_after_its_server_was_away(keys):
 def test_a_key_that_is_not_enrolled_is_refused_in_a_sentence(keys):
     with serving(keys, numbers=(3,)) as server, pytest.raises(LinkError, match="does not let this node in: expected its key"):
         serve(Server(address=str(server.address), key=keys[5][0], authority=None), lambda data: data, threading.Event())
+
+
+def test_a_server_without_a_certificate_of_the_authority_is_told_nothing(tmp_path):
+    """One with another authority's, and one in plain text: both end with a sentence before a key has signed anything."""
+    federation = FederationConfig(num_devices=1, num_edges=1, devices_per_round=1)
+    for name in ("ours", "theirs"):
+        job = Job(config=RunConfig(federation=federation), num_parameters=7)
+        enroll(tmp_path / name, job, Places(cloud="127.0.0.1:9100", edges=("127.0.0.1:9101",)))
+    edge, device = tmp_path / "theirs" / "edge-0", tmp_path / "ours" / "device-0"
+    for certificate in (Certificate(chain=edge / "server.pem", key=edge / "server.key"), None):
+        with FleetServer(read_public_keys(edge / "devices"), HERE, certificate) as server:
+            there = Server(address=str(server.address), key=device / "node.key", authority=device / "authority.pem")
+            with pytest.raises(LinkError, match=r"is not who it should be .* expected a certificate signed by .*authority.pem"):
+                serve(there, lambda data: data, threading.Event())
 
 
 def test_a_refused_node_leaves_the_process_alone(keys):
