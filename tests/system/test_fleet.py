@@ -120,6 +120,15 @@ def test_who_is_slow_is_not_waited_for_where_more_were_asked_than_are_needed(key
         assert not server._state.message_res_store, "the late answer is kept by nobody"
 
 
+def test_a_second_exchange_of_a_round_waits_for_its_own_answers(keys):
+    """Whoever turned out to be behind is asked again over the same link; what others had answered before is not enough."""
+    with serving(keys) as server, node(server, keys[3][0], lambda data: data), node(server, keys[5][0], lambda data: data):
+        link = FleetLink(server, "node", 60)
+        assert link.send([(3, b"first"), (5, b"first")]) == {3: b"first", 5: b"first"}
+        assert link.send([(5, b"again")]) == {5: b"again"}
+        assert set(link.spent) == {5}
+
+
 @pytest.mark.parametrize(("most_at_work", "expected"), [(2, b"together"), (1, b"alone")])
 def test_messages_in_hand_side_by_side_are_answered_side_by_side_or_one_by_one(keys, most_at_work, expected):
     """Both are fetched at once; the second is answered while the first one is, or has to wait for it and says how long."""

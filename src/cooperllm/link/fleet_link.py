@@ -44,7 +44,7 @@ class FleetLink(GridLink):
     def send(self, packed: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
         """Sends bytes to those nodes that are there, and waits for what they answer."""
         messages = dict(packed)
-        self._enough = math.ceil(len(messages) / self._over_selection)
+        self._enough, self.spent = math.ceil(len(messages) / self._over_selection), {}
         while not set(messages) <= self._server.online() and self._wait(self._patient_until):
             pass
         return super().send(messages.items())

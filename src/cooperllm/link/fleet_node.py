@@ -242,10 +242,10 @@ def connected(server: Server, key: ec.EllipticCurvePrivateKey, most_at_work: int
         heart.start()
         try:
             yield Fleet(client, node, most_at_work)
+            with suppress(httpx.HTTPError):  # a goodbye; who leaves because something failed is coming back, and is not given up
+                client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
         finally:
             heart.stop()
-            with suppress(httpx.HTTPError):
-                client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
 
 
 class Fleet:
@@ -254,7 +254,7 @@ class Fleet:
     def __init__(self, client: FleetHttpClient, node: Node, most_at_work: int = 1) -> None:
         self._client, self._node, self._minds = client, node, threading.Semaphore(most_at_work)
         # A connection that breaks in the middle of an answer is made again, so that what was computed is not computed twice.
-        self._retry = RetryInvoker(lambda: exponential(0.1), httpx.TransportError, max_tries=None, max_time=RETRY_S)
+        self._retry = RetryInvoker(lambda: exponential(0.1, max_delay=1), httpx.TransportError, max_tries=None, max_time=RETRY_S)
 
     def receive(self) -> tuple[Message, float] | None:
         """Waits for a message for as long as the server keeps the question open.
