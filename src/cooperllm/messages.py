@@ -435,11 +435,6 @@ class Spent:
     worked_s: Seconds
     returned_s: Seconds
 
-    @property
-    def ended_s(self) -> float:
-        """When the answer was there, in seconds since its sender began the round."""
-        return self.begun_s + self.received_s + self.waited_s + self.worked_s + self.returned_s
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheduled:

@@ -67,14 +67,18 @@ def test_processes_with_tls_and_keys_give_the_bits_of_one_process(deployment, si
     assert json.loads((deployment / "cloud" / "run" / "summary.json").read_text())["arms"]["feedback"]["finished"]
 
 
-def test_a_cloud_killed_in_the_middle_goes_on_where_its_log_ends(deployment, simulated):
+def hashes_with_a_cloud_killed_after(rounds, deployment):
     with edges_and_devices(deployment):
         with cloud_of(deployment):
-            wait_for(lambda: rounds_done(deployment) >= 2, words(deployment))
+            wait_for(lambda: rounds_done(deployment) >= rounds, words(deployment))
         assert rounds_done(deployment) < ROUNDS
         with cloud_of(deployment) as again:
             ended(again, deployment)
-    assert hashes(deployment / "cloud" / "run") == simulated
+    return hashes(deployment / "cloud" / "run")
+
+
+def test_a_cloud_killed_in_the_middle_goes_on_where_its_log_ends(deployment, simulated):
+    assert hashes_with_a_cloud_killed_after(2, deployment) == simulated
 
 
 def test_with_rounds_under_way_together_the_bits_are_those_of_one_process(deployment, simulated, simulated_behind):
@@ -87,13 +91,7 @@ def test_with_rounds_under_way_together_the_bits_are_those_of_one_process(deploy
 
 
 def test_a_cloud_killed_with_two_rounds_under_way_begins_both_again(deployment, simulated_behind):
-    with edges_and_devices(with_staleness(deployment)):
-        with cloud_of(deployment):
-            wait_for(lambda: rounds_done(deployment) >= 3, words(deployment))
-        assert rounds_done(deployment) < ROUNDS
-        with cloud_of(deployment) as again:
-            ended(again, deployment)
-    assert hashes(deployment / "cloud" / "run") == simulated_behind
+    assert hashes_with_a_cloud_killed_after(3, with_staleness(deployment)) == simulated_behind
 
 
 def commanded(*given):

@@ -47,7 +47,7 @@ class Pace:
     received_s: float
     worked_s: float
     returned_s: float
-    num_bytes: float
+    num_bytes: int
 
     def returned_with(self, num_bytes: int) -> float:
         """Seconds that an answer of another length would travel, eq. (1)."""
@@ -151,7 +151,7 @@ def _usual(seen: "deque[Pace]") -> Pace:
     return Pace(
         received_s=median(pace.received_s for pace in seen),
         worked_s=median(pace.worked_s for pace in seen),
-        returned_s=median(pace.returned_with(int(latest.num_bytes)) for pace in seen),
+        returned_s=median(pace.returned_with(latest.num_bytes) for pace in seen),
         num_bytes=latest.num_bytes,
     )
 
