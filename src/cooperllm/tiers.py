@@ -309,8 +309,9 @@ class RemoteEdges:
         begun = time.monotonic()
         answers, times, num_bytes = self._exchanged(orders)
         behind = [answer for answer in answers if answer.report is None]
-        with self._alone:
+        with self._alone:  # at once, so that no order leaves between what is no longer expected and what is known
             self._tail.settle(orders, plan.model_version)
+            self._tail.note([answer.edge_id for answer in answers], plan.model_version)
             for answer in behind:
                 self._tail.fall_back(answer.edge_id, answer.model_version)
         again = self._orders([answer.edge_id for answer in behind], plan, replica)
@@ -320,7 +321,7 @@ class RemoteEdges:
         found = [answer for answer in (*answers, *second) if answer.report is not None]
         with self._alone:
             self._tail.settle(again, plan.model_version)
-            self._tail.note([answer.edge_id for answer in found], plan.model_version)
+            self._tail.note([answer.edge_id for answer in second if answer.report is not None], plan.model_version)
         return Answers(
             reports=tuple(answer.report for answer in found if answer.report is not None),
             answered=tuple(sorted(device for answer in found for device in answer.answered)),

@@ -3,6 +3,7 @@
 Run: pytest tests/unit/test_tiers.py
 """
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -237,6 +238,29 @@ def test_rounds_under_way_together_send_no_update_twice():
     sent = [[update.model_version for update in order.updates] for number, order in fleet.orders if number == 0]
     assert sent == [[], [], [0], [1]]
     assert [order.snapshot is not None for number, order in fleet.orders if number == 0] == [True, False, False, False]
+
+
+def test_an_edge_that_has_answered_is_known_to_while_another_is_asked_again():
+    """The round goes on for the other one; an order that leaves meanwhile starts from what the first one said."""
+    updates, replicas = history(3)
+    fleet, asked_again, go_on = Fleet(host()), threading.Event(), threading.Event()
+
+    def send(orders):
+        if set(orders) == {1}:
+            asked_again.set()
+            go_on.wait(timeout=60)
+        return fleet(orders)
+
+    tiers = RemoteEdges([0, 1], send)
+    close(tiers, replicas[0], updates)
+    fleet.hosts[1] = fleet.new(1)  # an edge with an empty disk
+    first = tiers.ask(plan(replicas[1]), replicas[1])
+    assert asked_again.wait(timeout=60)
+    tiers.remember(updates[1])
+    second = tiers.ask(plan(replicas[2]), replicas[2])
+    go_on.set()
+    assert len(first.result().reports) == len(second.result().reports) == 2
+    assert {order.plan.round_index: len(order.updates) for number, order in fleet.orders if number == 0} == {0: 0, 1: 1, 2: 1}
 
 
 def test_edge_and_device_that_are_ahead_of_a_cloud_that_came_back_follow_it():
