@@ -226,18 +226,41 @@ def test_snapshots_of_another_model_are_refused():
 def test_rounds_under_way_together_send_no_update_twice():
     """With staleness the next order leaves before the answers to the last one are back; it starts from what that one leads to."""
     updates, replicas = history(4)
-    fleet = Fleet(host())
-    tiers = RemoteEdges([0, 1], fleet)
-    first = tiers.ask(plan(replicas[0]), replicas[0])
-    for version in range(3):
-        second = tiers.ask(plan(replicas[version], round_index=version + 1), replicas[version])
-        assert [report.num_devices for report in first.result().reports] == [1, 1]
-        tiers.remember(updates[version])
-        first = second
-    first.result()
+    fleet, asked, answered = Fleet(host()), threading.Semaphore(0), [threading.Event() for _ in range(4)]
+
+    def send(orders):
+        received = fleet(orders)
+        asked.release()
+        assert answered[decode(orders[0], EdgeOrder).plan.round_index].wait(timeout=60)
+        return received
+
+    tiers = RemoteEdges([0, 1], send)
+    under_way = []
+    for round_index, version in enumerate([0, 0, 1, 2]):
+        under_way.append(tiers.ask(plan(replicas[version], round_index=round_index), replicas[version]))
+        assert asked.acquire(timeout=60)
+        if round_index > 0:
+            answered[round_index - 1].set()
+            assert [report.num_devices for report in under_way[round_index - 1].result().reports] == [1, 1]
+            tiers.remember(updates[round_index - 1])
+    answered[3].set()
+    assert len(under_way[3].result().reports) == 2
     sent = [[update.model_version for update in order.updates] for number, order in fleet.orders if number == 0]
     assert sent == [[], [], [0], [1]]
     assert [order.snapshot is not None for number, order in fleet.orders if number == 0] == [True, False, False, False]
+
+
+def test_word_of_an_earlier_round_that_comes_last_takes_nothing_back():
+    """Two rounds under way may end in either order."""
+    updates, replicas = history(3)
+    tail = Tail({0: 0})
+    for update in updates[:2]:
+        tail.remember(update, 10)
+    tail.note([0], 2)
+    tail.note([0], 1)
+    assert tail.missed(0, replicas[2]) == ((), None)
+    tail.fall_back(0, 1)
+    assert tail.missed(0, replicas[2]) == ((updates[1],), None)
 
 
 def test_an_edge_that_has_answered_is_known_to_while_another_is_asked_again():

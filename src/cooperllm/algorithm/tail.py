@@ -34,13 +34,14 @@ class Tail:
         self._updates[update.model_version] = update, num_bytes
 
     def note(self, receivers: Collection[int], version: int) -> None:
-        """Records that receivers have reached a version; who is not known here is left out."""
-        self.versions |= dict.fromkeys(set(receivers) & set(self.versions), version)
+        """Records that receivers have reached a version, also where word of a later one came first; who is not known here is left out."""
+        self.versions |= {one: max(version, self.versions[one]) for one in receivers if one in self.versions}
 
     def fall_back(self, receiver: int, version: int) -> None:
         """Records what a receiver has said that it has, whatever was sent to it; who is not known here is left out."""
         self._expected.pop(receiver, None)
-        self.note([receiver], version)
+        if receiver in self.versions:
+            self.versions[receiver] = version
 
     def expect(self, receivers: Collection[int], version: int) -> None:
         """Records that what leads receivers to a version is on its way: a message that is sent after it starts from there."""
