@@ -13,7 +13,7 @@ from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud import Cloud, GuideMaker, MapFitter
-from cooperllm.config import UNLABELLED, ArmName, RunConfig, RuntimeName, SlopeMethod, Variant
+from cooperllm.config import UNLABELLED, ArmName, Objective, RunConfig, RuntimeName, SlopeMethod, Variant
 from cooperllm.data import Task, Texts
 from cooperllm.device import Host, Runtime
 from cooperllm.device.settings import GraphLibrary, Settings
@@ -67,7 +67,8 @@ class Material:
                 f"'{self._config.model.adapter.value}' of {self._config.model.name!r}; choose --adapter lora or ia3, or the arm measured"
             )
         needy = [name.value for name in arms if arm(name).has_gradient and not arm(name).has_basis]
-        if needy and set(self.task.public.labels) <= {UNLABELLED}:
+        has_targets = self.model.config.objective is Objective.NEXT_TOKEN and len(self.task.public)
+        if needy and not has_targets and set(self.task.public.labels) <= {UNLABELLED}:
             raise ConfigError(
                 f"arm.name: {needy[0]} back-propagates on labelled public text, found none in {self._config.data.public.name!r}; "
                 "give the public source labels, or choose an arm that needs none: feedback, measured, mezo-fl"
@@ -109,7 +110,7 @@ class Material:
         return self._encoded(self.task.test)
 
     def _encoded(self, texts: Texts) -> Examples:
-        return self.model.encode(texts.texts, texts.second_texts, texts.labels)
+        return self.model.encode(texts.texts, texts.second_texts, texts.labels, texts.completions)
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def _runtimes_of_package(
 
     library = GraphLibrary.OPENVINO if runtime is RuntimeName.OPENVINO else GraphLibrary.ONNX_RUNTIME
     package, private = open_package(path, Settings(library=library)), material.task.private
-    examples = package.encode(private.texts, private.second_texts, private.labels)
+    examples = package.encode(private.texts, private.second_texts, private.labels, private.completions)
     return [OnnxForward(package, examples, shard.tolist(), activation_mib, adjustment) for shard in material.shards]
 
 

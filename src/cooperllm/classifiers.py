@@ -1,11 +1,11 @@
-"""How a network gives one score per class: a backbone of Hugging Face, and what reads scores off it.
+"""How a network gives scores, one per class or per token: a backbone of Hugging Face, and what reads scores off it.
 
 The names matter elsewhere: `backbone` is what adapters are attached to and saved from, `classifier` a head that is trained.
 
 References:
     Reimers and Gurevych, 2019, Sentence-BERT: sentence embeddings using Siamese BERT-networks, arXiv:1908.10084.
 
-Dimension key: B examples, T tokens, H hidden size, C classes.
+Dimension key: B examples, T tokens, H hidden size, C classes, V tokens of the vocabulary, R targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,6 +65,24 @@ class LabelWords(nn.Module):
         return scores if getattr(head, "bias", None) is None else scores + head.bias[self.word_ids]
 
 
+class NextTokens(nn.Module):
+    """A causal language model's scores of the whole vocabulary, where the next token of a completion is asked for and nowhere else."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, token_ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        """Returns scores [R, V] in float32 at places [R], row · T + column of the token before."""
+        language_model: Any = self.backbone
+
+        def at_places(own: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+            return own(hidden.flatten(0, 1)[places])
+
+        with forward_wrapped(language_model.get_output_embeddings(), at_places):
+            return language_model(input_ids=token_ids, attention_mask=mask, use_cache=False).logits.float()
+
+
 class LabelTexts(nn.Module):
     """A backbone whose mean last hidden state is compared with that of one text per class; nothing of it is a head that could be trained.
 
@@ -92,7 +110,7 @@ def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_class
         config: Objective, and the words or texts of the classes.
         backbone: The pretrained model, before an adapter is attached.
         tokenizer: Its tokeniser.
-        num_classes: C >= 2.
+        num_classes: C >= 2; for next tokens it does not matter.
 
     Returns:
         What makes a classifier of the backbone, with or without an adapter.
@@ -109,6 +127,8 @@ def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_class
     """
     if config.objective is Objective.HEAD:
         return partial(PooledClassifier, hidden_size=backbone.config.hidden_size, num_classes=num_classes)
+    if config.objective is Objective.NEXT_TOKEN:
+        return NextTokens
     if len(config.label_words) != num_classes:
         raise ConfigError(f"model.label_words: found {config.label_words}, expected {num_classes} words, one per class")
     if config.objective is Objective.LABEL_TEXTS:

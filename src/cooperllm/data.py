@@ -47,12 +47,14 @@ class Texts:
         texts: First or only texts.
         second_texts: Second texts of pairs, or None.
         labels: Class of each text, from 0; -1 where it has none.
+        completions: For next tokens: what is to be said after each text, or None.
         groups: Value of the partition column of each text; empty where none was asked for.
     """
 
     texts: tuple[str, ...]
     second_texts: tuple[str, ...] | None
     labels: tuple[int, ...]
+    completions: tuple[str, ...] | None = None
     groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -64,6 +66,7 @@ class Texts:
             texts=tuple(self.texts[index] for index in indices),
             second_texts=None if self.second_texts is None else tuple(self.second_texts[index] for index in indices),
             labels=tuple(self.labels[index] for index in indices),
+            completions=None if self.completions is None else tuple(self.completions[index] for index in indices),
             groups=tuple(self.groups[index] for index in indices) if self.groups else (),
         )
 
@@ -155,6 +158,8 @@ def partition(private: Texts, federation: FederationConfig, seed: int) -> list[I
     table = datasets.Dataset.from_dict(columns)
     # The partitioners seed a generator of their own with 32 bits and leave global state alone.
     small_seed = noise.derive(seed, 1) % (1 << 32)
+    if federation.partition is Partition.DIRICHLET and UNLABELLED in private.labels:
+        raise ConfigError("federation.partition: found dirichlet and texts without labels, expected iid or column; --partition iid")
     if federation.partition is Partition.DIRICHLET:
         partitioner: Any = DirichletPartitioner(
             num_partitions=count, partition_by="label", alpha=federation.dirichlet_alpha, min_partition_size=1, seed=small_seed
@@ -186,7 +191,7 @@ def partition(private: Texts, federation: FederationConfig, seed: int) -> list[I
 def _read(source: SourceConfig, side: str, group_column: str | None, seed: int) -> dict[str, Any]:
     """Reads the parts of a source as tables, plus "label_names" where the source names its labels."""
     if source.name == NO_TEXT:
-        columns = filter(None, (source.text_column, source.second_text_column, source.label_column))
+        columns = filter(None, (source.text_column, source.second_text_column, source.label_column, source.completion_column))
         return {"train": pa.table(dict.fromkeys(columns, pa.array([], pa.string())))}
     if source.name == "generated":
         return _generated(source, side, seed)
@@ -247,7 +252,7 @@ def _generated(source: SourceConfig, side: str, seed: int) -> dict[str, Any]:
 
 
 def _require_columns(source: SourceConfig, side: str, parts: dict[str, Any], group_column: str | None) -> None:
-    wanted = [source.text_column, source.label_column, source.second_text_column, group_column]
+    wanted = [source.text_column, source.label_column, source.second_text_column, source.completion_column, group_column]
     for part in PARTS:
         names = parts[part].column_names if part in parts else wanted
         for column in wanted:
@@ -267,6 +272,8 @@ def _split(parts: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def _label_names(parts: dict[str, Any], column: str | None) -> tuple[str, ...]:
+    if column is None:
+        return ()
     if parts.get("label_names"):
         return tuple(map(str, parts["label_names"]))
     values = {value for part in PARTS for value in parts[part].column(column).to_pylist()}
@@ -283,8 +290,21 @@ def _texts(parts: dict[str, Any], part: str, source: SourceConfig, names: Sequen
         labels=(UNLABELLED,) * table.num_rows
         if source.label_column is None
         else tuple(_label(value, names, source, part) for value in table.column(source.label_column).to_pylist()),
+        completions=None if source.completion_column is None else _completions(table, source, part),
         groups=() if group_column is None else _strings(table, group_column),
     )
+
+
+def _completions(table: Any, source: SourceConfig, part: str) -> tuple[str, ...]:
+    assert source.completion_column is not None, "called where completions were asked for"
+    values = table.column(source.completion_column).to_pylist()
+    empty = [number for number, value in enumerate(values) if value is None or not str(value).strip()]
+    if empty:
+        raise ConfigError(
+            f"{source.name} ({part}): {len(empty)} of {len(values)} completions in column {source.completion_column!r} are empty, first "
+            f"that in row {empty[0] + 1}; fill them in or leave these rows out"
+        )
+    return tuple(map(str, values))
 
 
 def _strings(table: Any, column: str) -> tuple[str, ...]:
@@ -326,6 +346,8 @@ def _notices(public: Texts, private: Texts, names: Sequence[str]) -> tuple[str, 
         return (
             "there is no public text: the cloud can guide nobody, devices learn from what they measure and from a trained head's gradient",
         )
+    if UNLABELLED in private.labels or public.completions is not None:
+        return ()  # what is learned are tokens, of which every text has its share
     if UNLABELLED in public.labels:
         return ("public text has no labels: the cloud can fit feedback maps on it, and nothing else",)
     missing = [names[label] for label in sorted(set(private.labels) - set(public.labels))]

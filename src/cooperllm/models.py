@@ -1,10 +1,12 @@
 """Hugging Face and PEFT in one place: load, freeze, and see what is trained as one flat vector θ.
 
-A `Model` is a function from (θ, batch) to one score per class. θ enters as views, so the base weights are never copied, written to or
-perturbed. The frozen layers below the first adapted one see neither θ nor a perturbation: their output is computed once per example and
-kept (`Examples.states`), which is what makes long runs affordable on a small machine.
+A `Model` is a function from (θ, batch) to one score per class, or for next tokens one per token of the vocabulary at each target. θ enters
+as views, so the base weights are never copied, written to or perturbed. The frozen layers below the first adapted one see neither θ nor a
+perturbation: their output is computed once per example and kept (`Examples.states`), which is what makes long runs affordable on a small
+machine.
 
-Dimension key: B examples, T tokens, H hidden size, C classes, n trainable parameters.
+Dimension key: B examples, T tokens, H hidden size, C classes or tokens of the vocabulary, R targets (B, or tokens), n trained
+parameters.
 """
 
 import json
@@ -12,7 +14,8 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,11 @@ from cooperllm.adapted_layers import AdaptedLayers
 from cooperllm.algorithm import noise
 from cooperllm.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 from cooperllm.classifiers import LabelTexts, classifier_for
-from cooperllm.config import AdapterKind, ModelConfig, Objective
+from cooperllm.completion import Frame, num_targets, sequences, targets
+from cooperllm.config import UNLABELLED, AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import FrozenPrefix, original_layers
+from cooperllm.prompts import frame_of
 from cooperllm.widths import Widths
 
 PACKAGED = "minilm"
@@ -79,16 +84,24 @@ class Examples:
 
     Attributes:
         token_ids: One integer array per text.
-        labels: Class of each text, shape [number of texts].
+        labels: Class of each text, shape [number of texts]; -1 where it has none.
+        starts: For next tokens: where the completion begins in each, shape [number of texts].
+        num_cut: For next tokens: how many were cut.
         states: Hidden states entering the first adapted layer, by example, each [T, H].
     """
 
     token_ids: list[Int64[np.ndarray, "_T"]]
     labels: Int64[np.ndarray, "N"]
+    starts: Int64[np.ndarray, "N"] | None = None
+    num_cut: int = 0
     states: dict[int, Float[Tensor, "_T H"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def num_targets(self, indices: Sequence[int]) -> int:
+        """Counts what is to be predicted in chosen examples: a class each, or the tokens of their completions."""
+        return num_targets(self.token_ids, self.starts, indices)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +111,16 @@ class Batch:
     Attributes:
         token_ids: Shape [B, T].
         mask: 1 for tokens, 0 for padding, shape [B, T].
-        labels: Shape [B].
+        labels: Targets: classes [B], or tokens [R].
         states: Hidden states entering the first adapted layer, [B, T, H], or None.
+        places: For next tokens: where the states stand that predict the targets, row · T + column, [R].
     """
 
     token_ids: Tensor
     mask: Tensor
     labels: Tensor
     states: Tensor | None
+    places: Tensor | None = None
 
 
 class Model:
@@ -114,7 +129,7 @@ class Model:
     Attributes:
         config: What was asked for.
         layout: Where each trained tensor lies in θ.
-        num_classes: C.
+        num_classes: C; for next tokens the size of the vocabulary.
         adapted: The layers that a feedback estimate differentiates.
         network: The module, in evaluation mode; what it holds of θ is not what `scores` is asked for.
         prefix: The frozen layers that are computed once per example, or None.
@@ -151,17 +166,28 @@ class Model:
             parts.append(values)
         return np.concatenate(parts)
 
-    def encode(self, texts: Sequence[str], second_texts: Sequence[str] | None, labels: Sequence[int]) -> Examples:
+    def encode(
+        self,
+        texts: Sequence[str],
+        second_texts: Sequence[str] | None,
+        labels: Sequence[int],
+        completions: Sequence[str] | None = None,
+    ) -> Examples:
         """Tokenises texts, cut at the configured number of tokens.
 
         Args:
             texts: Texts, or first texts of pairs.
             second_texts: Second texts of pairs, or None.
-            labels: Class of each text, in [0, C).
+            labels: Class of each text, in [0, C); for next tokens they do not matter.
+            completions: For next tokens: what is to be said; None to learn the texts themselves.
 
         Returns:
             Examples without states; `batch` adds those when they are first needed.
         """
+        if self.config.objective is Objective.NEXT_TOKEN:
+            found = sequences(self.frame, self._tokens, self._tokenizer.decode, texts, second_texts, completions, self.config.max_tokens)
+            unlabelled = np.full(len(texts), UNLABELLED, np.int64)
+            return Examples(token_ids=found.token_ids, labels=unlabelled, starts=found.starts, num_cut=found.num_cut)
         if self.config.objective is Objective.LABEL_WORDS:
             token_ids = [self._prompt_ids(text, other) for text, other in zip(texts, second_texts or texts, strict=True)]
         else:
@@ -190,7 +216,7 @@ class Model:
                 with torch.no_grad():
                     examples.states[index] = self.prefix.compute(self.network, one.token_ids, one.mask)[0].clone()
         states = nn.utils.rnn.pad_sequence([examples.states[index] for index in indices], batch_first=True)
-        return Batch(token_ids=batch.token_ids, mask=batch.mask, labels=batch.labels, states=states)
+        return replace(batch, states=states)
 
     def scores(self, theta: Float[Tensor, "n"], batch: Batch) -> Float[Tensor, "B C"]:
         """Evaluates the network at θ; differentiable in θ where autograd is on.
@@ -200,7 +226,7 @@ class Model:
             batch: Padded examples.
 
         Returns:
-            One score per class, float32.
+            One score per class, float32, shape [R, C].
         """
         if self.prefix is None or batch.states is None:
             return self._call(theta, batch)
@@ -214,6 +240,11 @@ class Model:
     def activation_mib(self, batch: Batch) -> float:
         """Estimates the memory that one point of a batched pass takes, in MiB; see `Widths`."""
         return self.widths.activation_mib(*batch.token_ids.shape)
+
+    @cached_property
+    def frame(self) -> Frame:
+        """What stands around a text and its completion, for next tokens."""
+        return frame_of(self.config, self._tokenizer)
 
     @property
     def pad_id(self) -> int:
@@ -247,6 +278,7 @@ class Model:
             hidden=hidden,
             feed_forward=int(getattr(config, "intermediate_size", None) or 4 * hidden),
             heads=int(config.num_attention_heads),
+            scores=self.num_classes if self.config.objective is Objective.NEXT_TOKEN else 0,
         )
 
     def save_adapter(self, theta: Float32[np.ndarray, "n"], directory: Path, label_names: Sequence[str]) -> None:
@@ -260,7 +292,7 @@ class Model:
         Args:
             theta: Parameters to save.
             directory: Created where missing.
-            label_names: Names of the classes, written to `labels.json`.
+            label_names: Names of the classes, written to `labels.json` where scores are for classes.
         """
         directory.mkdir(parents=True, exist_ok=True)
         views = self.layout.views(torch.from_numpy(theta.copy()))
@@ -278,18 +310,27 @@ class Model:
         if isinstance(self.network, LabelTexts):
             save_file({"weight": self.network.label_embeddings}, directory / "label_embeddings.safetensors")
         self._tokenizer.save_pretrained(directory)
-        (directory / "labels.json").write_text(json.dumps(list(label_names)) + "\n", encoding="utf8")
+        if label_names and self.config.objective is not Objective.NEXT_TOKEN:
+            (directory / "labels.json").write_text(json.dumps(list(label_names)) + "\n", encoding="utf8")
 
     def _call(self, theta: Tensor, batch: Batch) -> Tensor:
         with torch.enable_grad():  # so that a module may open a graph in the middle of a pass without one
             views = self.layout.views(theta)
-        return torch.func.functional_call(self.network, views, (batch.token_ids, batch.mask))
+        asked = () if batch.places is None else (batch.places,)
+        return torch.func.functional_call(self.network, views, (batch.token_ids, batch.mask, *asked))
 
     def _pad(self, examples: Examples, indices: Sequence[int]) -> Batch:
         rows = [torch.from_numpy(examples.token_ids[index]) for index in indices]
         token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return Batch(token_ids=token_ids, mask=mask, labels=torch.from_numpy(examples.labels[list(indices)]), states=None)
+        if examples.starts is None:
+            return Batch(token_ids=token_ids, mask=mask, labels=torch.from_numpy(examples.labels[list(indices)]), states=None)
+        chosen = [examples.token_ids[index] for index in indices]
+        tokens, places = targets(chosen, examples.starts[list(indices)].tolist(), token_ids.shape[1])
+        return Batch(token_ids=token_ids, mask=mask, labels=torch.from_numpy(tokens), states=None, places=torch.from_numpy(places))
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _prompt_ids(self, text: str, other: str) -> list[int]:
         """Cuts the text, never the prompt around it."""
@@ -305,7 +346,7 @@ def load(config: ModelConfig, num_classes: int) -> Model:
 
     Args:
         config: Name, adapter and objective.
-        num_classes: C >= 2.
+        num_classes: C >= 2; for next tokens the vocabulary's size takes its place.
 
     Returns:
         The model, in evaluation mode, on the CPU, in float32.
@@ -317,11 +358,14 @@ def load(config: ModelConfig, num_classes: int) -> Model:
         >>> load(ModelConfig(name="tiny-llama", target_modules=("q_proj", "v_proj"), last_layers=1), 2).layout.size
         962
     """
-    if num_classes < 2:
+    is_causal = config.objective in {Objective.LABEL_WORDS, Objective.NEXT_TOKEN}
+    if num_classes < 2 and config.objective is not Objective.NEXT_TOKEN:
         raise ConfigError(f"labels: found {num_classes} classes, expected at least 2")
     with torch.random.fork_rng(devices=[]):  # PyTorch and PEFT draw initial values, which θ_0 replaces
-        backbone, tokenizer = _pretrained(config.name, causal=config.objective is Objective.LABEL_WORDS)
+        backbone, tokenizer = _pretrained(config.name, causal=is_causal)
         backbone.requires_grad_(config.adapter is AdapterKind.FULL)
+        if config.objective is Objective.NEXT_TOKEN:
+            num_classes = int(backbone.get_output_embeddings().weight.shape[0])
         classifier = classifier_for(config, backbone, tokenizer, num_classes)
         return Model(config, classifier(_adapted(backbone, config)), tokenizer, num_classes)
 

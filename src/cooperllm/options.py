@@ -12,6 +12,7 @@ from cooperllm.config import (
     AdapterKind,
     ArmName,
     EngineName,
+    Objective,
     OptimizerKind,
     Partition,
     RunConfig,
@@ -35,6 +36,10 @@ Private = Annotated[str | None, typer.Option("--private", help="The devices' dat
 TextColumn = Annotated[str | None, typer.Option("--text-column", help="Column with the text, in both sources.")]
 SecondTextColumn = Annotated[str | None, typer.Option("--second-text-column", help="Column with the second text of a pair.")]
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column with the label, in both sources.")]
+CompletionColumn = Annotated[
+    str | None, typer.Option("--completion-column", help="Column with what is to be said after a text: learn its next tokens, not classes.")
+]
+Prompt = Annotated[str | None, typer.Option("--prompt", help="What a text is put into: '{text} It was'.")]
 DataDirectory = Annotated[str, typer.Option("--data-directory", help="Where recipes on files find their data sets.")]
 NumDevices = Annotated[int | None, typer.Option("--devices", help="Number of devices.")]
 NumEdges = Annotated[int | None, typer.Option("--edges", help="Number of edges.")]
@@ -89,10 +94,17 @@ def changed(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     def pick(**names: str) -> dict[str, Any]:
         return {field: given[option] for field, option in names.items() if option in given}
 
-    model = pick(name="model", adapter="adapter", last_layers="last_layers", max_tokens="max_tokens")
+    model = pick(name="model", adapter="adapter", last_layers="last_layers", max_tokens="max_tokens", prompt="prompt")
     if "target_modules" in given:
         model["target_modules"] = tuple(filter(None, given["target_modules"].split(",")))
-    columns = pick(text_column="text_column", second_text_column="second_text_column", label_column="label_column")
+    columns = pick(
+        text_column="text_column",
+        second_text_column="second_text_column",
+        label_column="label_column",
+        completion_column="completion_column",
+    )
+    if "completion_column" in given:
+        model["objective"], columns["label_column"] = Objective.NEXT_TOKEN, given.get("label_column")
     federation = pick(
         num_devices="devices", num_edges="edges", devices_per_round="devices_per_round", batch_size="batch_size",
         partition="partition", partition_column="partition_column", dirichlet_alpha="dirichlet_alpha",

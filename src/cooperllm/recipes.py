@@ -20,6 +20,7 @@ from cooperllm.config import (
     ModelConfig,
     Objective,
     OptimizerKind,
+    Partition,
     RunConfig,
     SourceConfig,
 )
@@ -120,12 +121,33 @@ def tiny(_data_directory: str = "") -> Recipe:
     return Recipe(config=config, arms=arms)
 
 
+def instructions(data_directory: str = "data") -> Recipe:
+    """A causal language model on instructions and their responses (stories260K on instruct_1100): next tokens, all layers adapted."""
+    arms = _arms(paper=0.1, unguided=2e-3, warm_start=0.03)
+    model = ModelConfig(
+        name=f"{data_directory}/stories260K",
+        objective=Objective.NEXT_TOKEN,
+        prompt="{text}\n\n",
+        target_modules=("q_proj", "v_proj"),
+        last_layers=None,
+        max_tokens=128,
+    )
+    source = SourceConfig(name=f"{data_directory}/instruct_1100", label_column=None, completion_column="response")
+    data = DataConfig(public=replace(source, max_examples=100), private=source)
+    config = RunConfig(
+        recipe="instructions", model=model, data=data, federation=FederationConfig(partition=Partition.IID, batch_size=8),
+        num_rounds=60, arm=arms[ArmName.FEEDBACK],
+    )  # fmt: skip
+    return Recipe(config=config, arms=arms, needs_data_directory=True)
+
+
 RECIPES: Mapping[str, Callable[[str], Recipe]] = {
     "demo": demo,
     "sentiment-shift": sentiment_shift,
     "missing-topics": missing_topics,
     "sentiment-shift-label-texts": sentiment_shift_label_texts,
     "missing-topics-label-texts": missing_topics_label_texts,
+    "instructions": instructions,
     "tiny": tiny,
 }
 

@@ -288,10 +288,10 @@ def _evaluated(assembly: Assembly, cloud: Cloud) -> dict[str, float]:
 
 
 def _judged(model: Model, examples: Examples, cloud: Cloud) -> tuple[float, float]:
-    """Examples are sorted by length, so that little is padding."""
+    """Share of targets with the highest score, and their mean loss; examples are sorted by length, so that little is padding."""
     theta = torch.from_numpy(cloud.replica.theta.copy())
     order = sorted(range(len(examples)), key=lambda index: len(examples.token_ids[index]))
-    correct, loss = 0, 0.0
+    correct, loss, count = 0, 0.0, examples.num_targets(order)
     with torch.inference_mode():
         for start in range(0, len(order), EVALUATION_BATCH):
             batch = model.batch(examples, order[start : start + EVALUATION_BATCH])
@@ -299,7 +299,7 @@ def _judged(model: Model, examples: Examples, cloud: Cloud) -> tuple[float, floa
             correct += int((scores.argmax(1) == batch.labels).sum())
             loss += float(torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum"))
     # JSON has no word for infinity, which a diverged run may reach.
-    return correct / len(order), loss / len(order) if np.isfinite(loss) else float(np.finfo(np.float32).max)
+    return correct / count, loss / count if np.isfinite(loss) else float(np.finfo(np.float32).max)
 
 
 def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[str, Any]:

@@ -16,14 +16,16 @@ class Widths:
         hidden: Of a hidden state.
         feed_forward: Of the widest inner state.
         heads: Attention heads.
+        scores: Of what is computed for each token in the end: the vocabulary's size for next tokens, 0 for classes.
     """
 
     hidden: Width
     feed_forward: Width
     heads: Width
+    scores: Width = 0
 
     def activation_mib(self, num_examples: int, num_tokens: int) -> float:
-        """Estimates the memory that one point of a pass takes: the widest layer's activations.
+        """Estimates the memory that one point of a pass takes: the widest layer's activations, or scores and their logarithms.
 
         Args:
             num_examples: B >= 1.
@@ -38,4 +40,5 @@ class Widths:
         """
         tokens = num_examples * num_tokens
         attention = tokens * num_tokens * self.heads
-        return 4 * (tokens * (6 * self.hidden + 2 * self.feed_forward) + 2 * attention) / 2**20
+        of_layer = tokens * (6 * self.hidden + 2 * self.feed_forward) + 2 * attention
+        return 4 * max(of_layer, 2 * tokens * self.scores) / 2**20

@@ -45,7 +45,7 @@ class DifferentiableModel(Protocol):
         ...
 
     def scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Returns class scores [B, C], differentiable in θ."""
+        """Returns scores [R, C], differentiable in θ."""
         ...
 
 
@@ -67,7 +67,8 @@ class GuideMaker:
     @cached_property
     def has_every_class(self) -> bool:
         """Whether the public data hold an example of each class."""
-        return len(set(self._public.labels.tolist()) - {UNLABELLED}) == self._model.num_classes
+        is_next_token = self._public.starts is not None  # there, every token that occurs is due somewhere
+        return is_next_token or len(set(self._public.labels.tolist()) - {UNLABELLED}) == self._model.num_classes
 
     def gradient(self, theta: Float32[np.ndarray, "n"], seed: int) -> tuple[Float32[np.ndarray, "n"], float]:
         """Computes the public gradient, eq. (1), and puts it at the head of the pool.
@@ -80,7 +81,7 @@ class GuideMaker:
             (g_B [n], public loss).
         """
         chosen = noise.permutation(seed, PUBLIC_BATCH, len(self._public))[: self._batch_size]
-        gradient, loss = self._gradient(theta, chosen, self._public.labels[chosen])
+        gradient, loss = self._gradient(theta, chosen, None)
         if seed == self._latest_seed:  # a round that is planned once more
             self._pool.popleft()
         self._pool.appendleft(gradient)
@@ -99,8 +100,10 @@ class GuideMaker:
             Orthonormal rows, shape [K, n], K <= num_examples.
         """
         chosen = noise.permutation(seed, BASIS_EXAMPLES, len(self._public))[:num_examples]
-        drawn = noise.bits(seed, BASIS_LABELS, len(chosen), stream=noise.Stream.CHOICE) % np.uint64(self._model.num_classes)
-        gradients = [self._gradient(theta, chosen[i : i + 1], drawn[i : i + 1].astype(np.int64))[0] for i in range(len(chosen))]
+        counts = [self._public.num_targets([index]) for index in chosen.tolist()]
+        drawn = noise.bits(seed, BASIS_LABELS, sum(counts), stream=noise.Stream.CHOICE) % np.uint64(self._model.num_classes)
+        labels = np.split(drawn.astype(np.int64), np.cumsum(counts)[:-1])
+        gradients = [self._gradient(theta, chosen[i : i + 1], own)[0] for i, own in enumerate(labels)]
         rows = np.stack([gradient / max(float(np.linalg.norm(gradient)), 1e-30) for gradient in gradients]).astype(np.float64)
         values, vectors = np.linalg.eigh(rows @ rows.T)
         is_new = values > DEPENDENT * values.max(initial=0)
@@ -115,11 +118,12 @@ class GuideMaker:
         self._pool = deque(pool, maxlen=self.pool_size)
 
     def _gradient(
-        self, theta: Float32[np.ndarray, "n"], chosen: Int64[np.ndarray, "_B"], labels: Int64[np.ndarray, "_B"]
+        self, theta: Float32[np.ndarray, "n"], chosen: Int64[np.ndarray, "_B"], labels: Int64[np.ndarray, "_R"] | None
     ) -> tuple[Float32[np.ndarray, "n"], float]:
-        """Gradient and loss over public examples with the labels given."""
-        point = torch.from_numpy(theta.copy()).requires_grad_()
-        scores = self._model.scores(point, self._model.batch(self._public, chosen.tolist())).float()
-        loss = torch.nn.functional.cross_entropy(scores, torch.from_numpy(labels))
+        """Gradient and loss over public examples, with their own labels or those given."""
+        point, batch = torch.from_numpy(theta.copy()).requires_grad_(), self._model.batch(self._public, chosen.tolist())
+        loss = torch.nn.functional.cross_entropy(
+            self._model.scores(point, batch).float(), batch.labels if labels is None else torch.from_numpy(labels)
+        )
         (gradient,) = torch.autograd.grad(loss, point)
         return gradient.numpy(), float(loss.detach())

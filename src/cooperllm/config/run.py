@@ -8,7 +8,7 @@ import msgspec
 
 from cooperllm.config.arm import ArmConfig, ArmName
 from cooperllm.config.check import check
-from cooperllm.config.task import DataConfig, FederationConfig, ModelConfig
+from cooperllm.config.task import DataConfig, FederationConfig, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 
 
@@ -141,7 +141,21 @@ class RunConfig:
             f"0 for the arm {self.arm.name.value} with a pool of {self.arm.pool_size}: its steps are named by the θ that they start from"
         )
         check(not (self.federation.staleness and is_bound), "federation.staleness", self.federation.staleness, expected)
+        self._check_objective()
         check(self.activation_mib is None or self.activation_mib > 0, "activation_mib", self.activation_mib, "> 0, or none")
+
+    def _check_objective(self) -> None:
+        """Refuses data and arms that do not go with what is learned."""
+        is_next_token, private = self.model.objective is Objective.NEXT_TOKEN, self.data.private
+        needs_label = private.label_column is None and not is_next_token
+        check(
+            not needs_label, "data.private.label_column", None, "a column name: devices need labels, unless model.objective is next-token"
+        )
+        for side, source in (("public", self.data.public), ("private", private)):
+            expected = f"none for the objective {self.model.objective.value}: completions are for next-token"
+            check(is_next_token or source.completion_column is None, f"data.{side}.completion_column", source.completion_column, expected)
+        asks_maps = is_next_token and self.arm.name is ArmName.FEEDBACK and self.arm.map_examples > 0
+        check(not asks_maps, "arm.map_examples", self.arm.map_examples, "0 for the objective next-token: maps are fitted for class scores")
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

@@ -22,11 +22,12 @@ class AdapterKind(Enum):
 
 
 class Objective(Enum):
-    """How a model gives one score per class."""
+    """What a model's scores are for: one per class, or one per token of the vocabulary wherever a token of a completion is due."""
 
     HEAD = "head"
     LABEL_WORDS = "label-words"
     LABEL_TEXTS = "label-texts"
+    NEXT_TOKEN = "next-token"
 
 
 class Partition(Enum):
@@ -44,13 +45,15 @@ class ModelConfig:
     Attributes:
         name: "minilm" (the packaged default), "tiny-llama" (random, for tests), a hub id, or a local directory.
         adapter: LoRA, IA3 or every parameter.
-        objective: A classification head, label words after a prompt, or label texts that a text is compared with.
+        objective: A classification head, label words after a prompt, label texts that a text is compared with, or the next token of a
+            completion (`cooperllm.completion`).
         rank: LoRA rank, >= 1.
         lora_alpha: LoRA scale times rank, > 0.
         target_modules: Names of the adapted linear layers; empty lets PEFT choose for the architecture.
         last_layers: How many of the last layers are adapted, >= 1; None adapts all.
         max_tokens: Texts are cut at this many tokens, >= 2.
-        prompt: For label words: the text with {text} (and {text2}) to be filled in.
+        prompt: For label words and next tokens: the text with {text} (and {text2}) to be filled in.
+        uses_chat_template: Whether, for next tokens, the tokeniser's own chat template stands in place of the prompt.
         label_words: One word, or for label texts one short text, per class, in the order of the labels.
         caches_prefix: Whether the frozen layers below the first adapted one are computed once per example and kept.
     """
@@ -64,6 +67,7 @@ class ModelConfig:
     last_layers: int | None = 2
     max_tokens: int = 32
     prompt: str = "{text} It was"
+    uses_chat_template: bool = False
     label_words: tuple[str, ...] = ()
     caches_prefix: bool = True
 
@@ -73,8 +77,12 @@ class ModelConfig:
         check(self.lora_alpha > 0, "model.lora_alpha", self.lora_alpha, "> 0")
         check(self.last_layers is None or self.last_layers >= 1, "model.last_layers", self.last_layers, ">= 1, or none")
         check(self.max_tokens >= 2, "model.max_tokens", self.max_tokens, ">= 2")
-        if self.objective is Objective.LABEL_WORDS:
+        is_next_token = self.objective is Objective.NEXT_TOKEN
+        if self.objective is Objective.LABEL_WORDS or is_next_token:
             check("{text}" in self.prompt, "model.prompt", self.prompt, "a prompt that contains {text}")
+        expected = f"false for the objective {self.objective.value}: chat templates are for next-token"
+        check(is_next_token or not self.uses_chat_template, "model.uses_chat_template", self.uses_chat_template, expected)
+        if self.objective is Objective.LABEL_WORDS:
             check(len(self.label_words) >= 2, "model.label_words", self.label_words, "one word per class")
         if self.objective is Objective.LABEL_TEXTS:
             one_each = len(self.label_words) >= 2 and all(text.strip() for text in self.label_words)
@@ -91,7 +99,8 @@ class SourceConfig:
         domains: For generated text: its domains; empty means all of the side's default ones.
         text_column: Column with the text.
         second_text_column: Column with the second text of a pair, or None.
-        label_column: Column with the label: a number from 0, or a name; None for public text without labels.
+        label_column: Column with the label: a number from 0, or a name; None for public text without labels, and for next tokens.
+        completion_column: For next tokens: column with what is to be said after the prompt; None to learn the texts themselves.
         label_noise: Share of training labels replaced by labels drawn evenly, in [0, 1], to study what bad labels do.
         keep_labels: Labels kept in the training part, by name or number; empty keeps all.
         max_examples: At most this many training examples, chosen by the seed; None keeps all.
@@ -102,6 +111,7 @@ class SourceConfig:
     text_column: str = "text"
     second_text_column: str | None = None
     label_column: str | None = "label"
+    completion_column: str | None = None
     label_noise: float = 0.0
     keep_labels: tuple[str, ...] = ()
     max_examples: int | None = None
@@ -132,7 +142,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(self.private.name != NO_TEXT, "data.private", NO_TEXT, "'generated', a path or a data set: devices need examples")
-        check(self.private.label_column is not None, "data.private.label_column", None, "a column name: devices need labels")
         check(self.num_test is None or self.num_test >= 1, "data.num_test", self.num_test, ">= 1, or none")
         check(self.num_validation is None or self.num_validation >= 1, "data.num_validation", self.num_validation, ">= 1, or none")
 

@@ -63,7 +63,7 @@ def read_texts(file: Path, package: Package) -> DeviceExamples:
     """Reads private texts and tokenises them as the package says.
 
     Args:
-        file: A JSON object a line: text, label, and text2 for pairs.
+        file: A JSON object a line: text, text2 for pairs, and label; for next tokens completion, or nothing to learn the texts themselves.
         package: Of the device.
 
     Returns:
@@ -73,18 +73,22 @@ def read_texts(file: Path, package: Package) -> DeviceExamples:
         ConfigError: If the file is missing, empty, or a line is something else.
     """
     names = {name: number for number, name in enumerate(package.manifest.label_names)}
+    target = "label" if package.manifest.frame is None else "completion"
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines() if line.strip()]
         texts = [_field(row, "text", str) for row in rows]
-        labels = [_label(row["label"], names) for row in rows]
-        seconds = [_field(row, "text2", str) for row in rows if "text2" in row]
+        labels = [_label(row["label"], names) for row in rows] if target == "label" else []
+        seconds, completions = ([_field(row, name, str) for row in rows if name in row] for name in ("text2", "completion"))
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); expected a JSON object with text and label a line") from error
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); expected a JSON object with text and {target} a line") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: found a line that is no JSON object with text and label ({error}); mend it") from error
-    if not rows or len(seconds) not in {0, len(rows)}:
-        raise ConfigError(f"{file}: found {len(rows)} texts, {len(seconds)} with text2, expected at least one, and text2 in all or none")
-    return package.encode(texts, seconds or None, labels)
+        raise ConfigError(f"{file}: found a line that is no JSON object with text and {target} ({error}); mend it") from error
+    if not rows or not {len(seconds), len(completions)} <= {0, len(rows)}:
+        raise ConfigError(
+            f"{file}: found {len(rows)} texts, {len(seconds)} with text2, {len(completions)} with completion, expected at least one text, and "
+            "the others in all or none"
+        )
+    return package.encode(texts, seconds or None, labels, completions or None)
 
 
 def _label(found: Any, names: dict[str, int]) -> int:

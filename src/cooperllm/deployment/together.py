@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cooperllm.assembly import VARIANTS, Material, write_device_package
-from cooperllm.config import EngineName, RunConfig, RuntimeName
+from cooperllm.config import EngineName, Objective, RunConfig, RuntimeName
 from cooperllm.deployment.cloud_process import check_deployable
 from cooperllm.deployment.enrolment import Places, enroll
 from cooperllm.deployment.settings import Job
@@ -43,11 +43,12 @@ def prepare(directory: Path, config: RunConfig, places: Places, *, has_texts: bo
     enroll(directory, Job(config=config, num_parameters=material.model.layout.size), places)
     RunDirectory.create(directory / "cloud" / "run", config)
     write_device_package(config, material, directory / "package", VARIANTS[config.runtime])
-    private = material.task.private
     for number, shard in enumerate(material.shards if has_texts else ()):
-        rows = [{"text": private.texts[index], "label": private.labels[index]} for index in shard]
-        if private.second_texts is not None:
-            rows = [row | {"text2": private.second_texts[index]} for row, index in zip(rows, shard, strict=True)]
+        own = material.task.private.take(shard.tolist())
+        targets = {"label": own.labels} if config.model.objective is not Objective.NEXT_TOKEN else {"completion": own.completions}
+        columns = {"text": own.texts, "text2": own.second_texts} | targets
+        given = {name: values for name, values in columns.items() if values is not None}
+        rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (directory / f"device-{number}" / "texts.jsonl").write_text(lines, encoding="utf8")
 

@@ -20,10 +20,11 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta
 
+from cooperllm.completion import Frame
 from cooperllm.config import Objective, Variant
 from cooperllm.widths import Widths
 
-PACKAGE_VERSION = 4
+PACKAGE_VERSION = 5
 """Raised whenever the meaning of a file in a package changes."""
 
 MANIFEST, WEIGHTS, THETA, TOKENIZER = "manifest.json", "weights.bin", "theta_0.bin", "tokenizer.json"
@@ -105,7 +106,8 @@ class Golden:
     Attributes:
         texts: A batch.
         token_ids: The same, as the model's own tokeniser reads it.
-        labels: Its classes.
+        labels: Its classes; empty for next tokens.
+        completions: For next tokens: what is said after each text.
         seed: Names the directions.
         scales: Lengths of the perturbations; the first is 0.
         losses: Mean loss of the batch at each point, computed by PyTorch in float32.
@@ -115,6 +117,7 @@ class Golden:
     texts: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)]
     token_ids: tuple[tuple[Count, ...], ...]
     labels: tuple[Count, ...]
+    completions: tuple[str, ...]
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     scales: Annotated[tuple[Number, ...], Meta(min_length=1, max_length=16)]
     losses: tuple[Number, ...]
@@ -130,12 +133,13 @@ class Manifest:
         variant: How weights are kept.
         model: Name of the model, for people.
         seed: Whose θ_0 is in the package.
-        label_names: Names of the classes.
+        label_names: Names of the classes; empty for next tokens.
         num_parameters: n.
-        num_classes: C.
+        num_classes: C; for next tokens the size of the vocabulary.
         objective: How scores are made.
         max_tokens: Texts are cut at so many tokens.
         prompt: For label words: what a text is put into.
+        frame: For next tokens: what stands around a text and its completion.
         pad_id: Token that fills up short rows.
         widths: Sizes of activations.
         multiplications: With frozen matrices, for each token and point that the graph `losses` is given.
@@ -156,6 +160,7 @@ class Manifest:
     objective: Objective
     max_tokens: NumTokens
     prompt: str
+    frame: Frame | None
     pad_id: Count
     widths: Widths
     multiplications: Count
@@ -196,12 +201,20 @@ class Manifest:
         beyond = [name for name, entry in self.weights.items() if entry.stop > self.files[WEIGHTS].size]
         if beyond:
             return f"{beyond[0]} found that ends behind byte {self.files[WEIGHTS].size} of {WEIGHTS}, weights within the file expected"
-        if len(self.label_names) != self.num_classes:
-            return f"{len(self.label_names)} label names found, {self.num_classes} expected"
-        if not len(golden.texts) == len(golden.token_ids) == len(golden.labels) or max(golden.labels) >= self.num_classes:
+        is_next_token = self.objective is Objective.NEXT_TOKEN
+        if is_next_token is (self.frame is None):
+            return (
+                f"objective {self.objective.value} and {'no' if self.frame is None else 'a'} frame found, a frame for next-token expected"
+            )
+        num_names = 0 if is_next_token else self.num_classes
+        if len(self.label_names) != num_names:
+            return f"{len(self.label_names)} label names found, {num_names} expected"
+        targets = golden.completions if is_next_token else golden.labels
+        if not len(golden.texts) == len(golden.token_ids) == len(targets) or max(golden.labels, default=0) >= self.num_classes:
             return f"golden labels {golden.labels} found, one of {self.num_classes} classes for each of {len(golden.texts)} texts expected"
-        if not _only_fills_in(self.prompt):
-            return f"prompt {self.prompt[:99]!r} found, nothing but {{text}} and {{text2}} expected to be filled in"
+        prompts = [self.prompt] if self.frame is None else [self.prompt, self.frame.prompt]
+        if not all(map(_only_fills_in, prompts)):
+            return f"prompts {[prompt[:99] for prompt in prompts]} found, nothing but {{text}} and {{text2}} expected to be filled in"
         if len(golden.scales) != len(golden.losses):
             return f"{len(golden.losses)} golden losses found, {len(golden.scales)} expected"
         return None

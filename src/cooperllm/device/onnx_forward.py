@@ -8,7 +8,7 @@ given and gave, and `pull_back` once, which holds the vector-Jacobian products o
 come from the maps in NumPy. What lives from the first to the second beyond a layer's activations is what the layers were given, what they
 gave and their deltas, about 12 bytes for each of B · T · H values and each layer, and the masks.
 
-Dimension key: P points, B examples, T tokens, H hidden size, C classes, n trainable parameters.
+Dimension key: P points, B examples, T tokens, H hidden size, n trainable parameters.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from cooperllm.algorithm import feedback, noise
-from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.rounding import Rounding, rounding_of
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
+from cooperllm.completion import targets
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES, Golden
 from cooperllm.device.package import DeviceExamples, Package, read_package
-from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE
+from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE, score_shift
 from cooperllm.device.settings import Settings
 from cooperllm.errors import ConfigError, PackageError
 
@@ -49,7 +49,7 @@ class OnnxForward:
         self._examples = examples
         self.shard = list(shard)
         self._limit_mib = activation_mib
-        self._shift = label_adjustment(examples.labels[self.shard], package.manifest.num_classes, adjustment)
+        self._shift = score_shift(examples, self.shard, package.manifest.num_classes, adjustment)
 
     @property
     def num_examples(self) -> int:
@@ -93,7 +93,8 @@ class OnnxForward:
                 seen = self._package.run(SLOPES, batch | given)
                 loss += float(seen["losses"].sum(dtype=np.float64))
                 total += seen["slopes"].sum(axis=1, dtype=np.float64)
-            return loss / len(indices), (total / len(indices)).astype(np.float32)
+            num_targets = self._examples.num_targets(indices)
+            return loss / num_targets, (total / num_targets).astype(np.float32)
 
         return found, max(1, self._points_per_pass(indices, 1 + DIRECTIONS_PER_PASS) - 1)
 
@@ -134,7 +135,8 @@ class OnnxForward:
             total[manifest.exact_start :] += seen.pop("exact")
             if manifest.layers:
                 total[: manifest.exact_start] += self._pulled_back(point, batch["mask"], seen, maps)
-        return total / np.float32(len(indices)), loss / len(indices)
+        num_targets = self._examples.num_targets(indices)
+        return total / np.float32(num_targets), loss / num_targets
 
     def _pulled_back(
         self, point: Float32[np.ndarray, "n"], mask: Int64[np.ndarray, "B T"], seen: dict[str, np.ndarray], maps: DecodedMaps | None
@@ -172,7 +174,10 @@ class OnnxForward:
         given = _padded(rows, manifest.pad_id)
         if PREFIX in manifest.graphs:
             given = _padded([self._states(row) for row in rows], 0)
-        return {"given": given, "mask": mask, "labels": examples.labels[list(indices)]}
+        labels = examples.labels[list(indices)]
+        if examples.starts is not None:
+            labels = np.stack(targets(rows, examples.starts[list(indices)].tolist(), mask.shape[1]), axis=1)
+        return {"given": given, "mask": mask, "labels": labels}
 
     def _states(self, token_ids: Int64[np.ndarray, "T"]) -> Float32[np.ndarray, "T H"]:
         known = self._package.states.get(token_ids)
@@ -206,7 +211,7 @@ def open_package(path: Path | str, settings: Settings | None = None, *, num_thre
     """
     package = read_package(path, settings, num_threads=num_threads)
     golden = package.manifest.golden
-    examples = package.encode(golden.texts, None, golden.labels)
+    examples = _golden_examples(package)
     if [row.tolist() for row in examples.token_ids] != [list(row) for row in golden.token_ids]:
         raise PackageError(f"{package.path}: this `tokenizers` reads the golden texts as other tokens; install another version")
     points = golden_points(package.theta, golden)
@@ -224,12 +229,16 @@ def open_package(path: Path | str, settings: Settings | None = None, *, num_thre
 
 
 def _rounding(package: Package) -> Rounding:
-    golden = package.manifest.golden
-    examples = package.encode(golden.texts, None, golden.labels)
+    golden, examples = package.manifest.golden, _golden_examples(package)
     device, chosen = OnnxForward(package, examples, range(len(examples)), None), range(len(examples))
     first = len(golden.scales)  # directions that no golden point lies along
     directions = [noise.gaussian(golden.seed, first + number, len(package.theta)) for number in range(ROUNDING_DIRECTIONS)]
     return rounding_of(device.evaluate(chosen)[0], golden_points(package.theta, golden)[-1], directions, len(examples))
+
+
+def _golden_examples(package: Package) -> DeviceExamples:
+    golden = package.manifest.golden
+    return package.encode(golden.texts, None, golden.labels, golden.completions or None)
 
 
 def golden_points(theta: Float32[np.ndarray, "n"], golden: Golden) -> Float32[np.ndarray, "P n"]:

@@ -6,6 +6,7 @@ Nothing of a package runs before its digests are those of its manifest, and none
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from jaxtyping import Int64
 from tokenizers import Tokenizer
 
 from cooperllm.algorithm.rounding import Rounding
-from cooperllm.config import Objective, Variant
+from cooperllm.completion import num_targets, sequences
+from cooperllm.config import UNLABELLED, Objective, Variant
 from cooperllm.device.graphs import Graph, loader
 from cooperllm.device.manifest import MANIFEST, OBSERVE, PACKAGE_VERSION, PULL_BACK, THETA, TOKENIZER, WEIGHTS, Manifest, WeightEntry
 from cooperllm.device.settings import Settings
@@ -33,16 +35,22 @@ class DeviceExamples:
 
     Attributes:
         token_ids: One row of integers per text.
-        labels: Class of each text, shape [N].
+        labels: Class of each text, shape [N]; -1 where it has none.
+        starts: For next tokens: where the completion begins in each, shape [N].
         num_cut: Texts of which not all tokens found room.
     """
 
     token_ids: list[Int64[np.ndarray, "_T"]]
     labels: Int64[np.ndarray, "N"]
+    starts: Int64[np.ndarray, "N"] | None = None
     num_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def num_targets(self, indices: Sequence[int]) -> int:
+        """Counts what is to be predicted in chosen examples: a class each, or the tokens of their completions."""
+        return num_targets(self.token_ids, self.starts, indices)
 
 
 class Package:
@@ -103,13 +111,20 @@ class Package:
         if not self._graphs:
             self._weights = {}  # unmapped with the last graph that has some
 
-    def encode(self, texts: Sequence[str], second_texts: Sequence[str] | None, labels: Sequence[int]) -> DeviceExamples:
+    def encode(
+        self,
+        texts: Sequence[str],
+        second_texts: Sequence[str] | None,
+        labels: Sequence[int],
+        completions: Sequence[str] | None = None,
+    ) -> DeviceExamples:
         """Tokenises texts, cut at the package's number of tokens.
 
         Args:
             texts: Texts, or first texts of pairs.
             second_texts: Second texts of pairs, or None.
-            labels: Class of each text.
+            labels: Class of each text; for next tokens they do not matter.
+            completions: For next tokens: what is to be said; None to learn the texts themselves.
 
         Returns:
             Examples.
@@ -117,6 +132,11 @@ class Package:
         Raises:
             ConfigError: If there is not one label in [0, C) for each text.
         """
+        if self.manifest.frame is not None:
+            read, write = self._tokens, partial(self._tokenizer.decode, skip_special_tokens=False)
+            found = sequences(self.manifest.frame, read, write, texts, second_texts, completions, self.manifest.max_tokens)
+            unlabelled = np.full(len(texts), UNLABELLED, np.int64)
+            return DeviceExamples(token_ids=found.token_ids, labels=unlabelled, starts=found.starts, num_cut=found.num_cut)
         classes = np.array(labels, np.int64)
         if len(classes) != len(texts) or (len(classes) and not 0 <= classes.min() <= classes.max() < self.manifest.num_classes):
             raise ConfigError(
@@ -133,6 +153,9 @@ class Package:
             rows, num_cut = [one.ids for one in encoded], sum(bool(one.overflowing) for one in encoded)
             self._tokenizer.no_truncation()
         return DeviceExamples(token_ids=[np.array(row, np.int64) for row in rows], labels=classes, num_cut=num_cut)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _prompt_ids(self, text: str, other: str) -> tuple[list[int], bool]:
         """Cuts the text, never the prompt around it; tells whether it did."""

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
+from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.rounding import Rounding
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
@@ -15,6 +16,29 @@ GRAPH_SHARE = 2
 
 DIRECTIONS_PER_PASS = 4
 """Directions of one forward-mode pass where no memory budget says otherwise: 1.25 forward passes each, docs/devices.md."""
+
+
+@runtime_checkable
+class Targets(Protocol):
+    """What is to be predicted of a device's texts: a class each, or the tokens of their completions."""
+
+    labels: Int64[np.ndarray, "N"]
+    starts: Int64[np.ndarray, "N"] | None
+
+
+def score_shift(examples: Targets, shard: Sequence[int], num_classes: int, strength: float) -> Float32[np.ndarray, "_C"]:
+    """Gives what a device adds to its scores before the loss: its label shares, or for next tokens, which have none, nothing.
+
+    Args:
+        examples: All private examples of the process.
+        shard: Those of the device.
+        num_classes: C.
+        strength: τ of `algorithm.label_adjustment`.
+
+    Returns:
+        Shape [C], or [1] for next tokens.
+    """
+    return np.zeros(1, np.float32) if examples.starts is not None else label_adjustment(examples.labels[list(shard)], num_classes, strength)
 
 
 @runtime_checkable

@@ -13,12 +13,11 @@ from jaxtyping import Float32
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cooperllm.algorithm import feedback
-from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.rounding import NO_ROUNDING, Rounding
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 from cooperllm.config import AdapterKind, ModelConfig
-from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE
+from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE, score_shift
 
 
 @runtime_checkable
@@ -34,7 +33,7 @@ class ForwardModel(Protocol):
         ...
 
     def scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Returns class scores [B, C]."""
+        """Returns scores [R, C]."""
         ...
 
     def checkpointed(self) -> AbstractContextManager[None]:
@@ -61,7 +60,7 @@ class TorchForward:
         self._examples = examples
         self.shard = list(shard)
         self._limit_mib = activation_mib
-        self._shift = torch.from_numpy(label_adjustment(examples.labels[self.shard], model.num_classes, adjustment))
+        self._shift = torch.from_numpy(score_shift(examples, self.shard, model.num_classes, adjustment))
 
     @property
     def num_examples(self) -> int:
@@ -124,10 +123,10 @@ class TorchForward:
         """Differentiates the last layer and what lies above it in a forward pass, then each adapted layer below, one at a time."""
         point, total, losses = torch.from_numpy(theta.copy()).requires_grad_(), torch.zeros(len(theta)), list[float]()
         indices = [self.shard[position] for position in chosen]
-        most = self._examples_per_graph(indices)
+        most, num_targets = self._examples_per_graph(indices), self._examples.num_targets(indices)
         for begin in range(0, len(indices), most):
             batch = self._model.batch(self._examples, indices[begin : begin + most])
-            losses.append(self._estimate(point, batch, maps, len(batch.labels) / len(chosen), total))
+            losses.append(self._estimate(point, batch, maps, len(batch.labels) / num_targets, total))
         return total.numpy(), sum(losses)
 
     def _examples_per_graph(self, indices: Sequence[int]) -> int:

@@ -164,7 +164,7 @@ def longest_texts(package: Package, count: int) -> DeviceExamples:
         Examples.
     """
     texts = [f"{number} " + "and so it goes on " * package.manifest.max_tokens for number in range(count)]
-    return package.encode(texts, None, [number % package.manifest.num_classes for number in range(count)])
+    return package.encode(texts, None, [number % package.manifest.num_classes for number in range(count)], texts)
 
 
 def matrix_gflops() -> float:

@@ -1,18 +1,22 @@
 """The five computations of a device, as modules that can be traced.
 
     prefix     token ids, mask -> states entering the first adapted layer                (1)  once per example
-    losses     states or token ids, mask, labels, shift, θ [P, n] -> losses [P, B]       (2)  slopes
-    observe    the same with θ [n] -> losses [B], gradients of their sum at the last layer's input and output, Σ ∂losses/∂w from that
+    losses     states or token ids, mask, labels, shift, θ [P, n] -> losses [P, R]       (2)  slopes
+    observe    the same with θ [n] -> losses [R], gradients of their sum at the last layer's input and output, Σ ∂losses/∂w from that
                layer on, what the layers below were given and gave                                            (3)  first feedback pass
     pull_back  θ [n], δ at the outputs of the layers below, what they were given -> Σ_t δ_tᵀ ∂y_t/∂w, layer by layer from the last one
                down; δ_k is what is given for a layer, plus c times Σ_t δ_tᵀ ∂y_t/∂x of the layer above        (4)  second feedback pass
-    slopes     as (2) with θ [n], directions [P, n] -> losses [B], their derivatives [P, B]                 (5)  slopes in forward mode
+    slopes     as (2) with θ [n], directions [P, n] -> losses [R], their derivatives [P, R]                 (5)  slopes in forward mode
 
 With c = 1 and (3)'s gradient for the topmost of these layers, (4) is back-propagation; with c = 0 every δ is somebody's prediction.
 Vector-Jacobian products are those of one layer each, written down as ordinary operations by tracing them: a device needs no autograd. What
 a layer is given is whatever the network hands it, so that masks, rotations and the like are computed once, in (3).
 
-Dimension key: P points, B examples, T tokens, H hidden size, C classes, n trainable parameters.
+Labels are classes [B], or for next tokens [R, 2]: tokens, and the places of the states that predict them, row · T + column. Losses are one
+for each of them.
+
+Dimension key: P points, B examples, T tokens, H hidden size, C classes or tokens of the vocabulary, R targets (B, or tokens), n trained
+parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cooperllm.adapted_layers import AdaptedLayer, Call, output_of, states_of, with_states
+from cooperllm.config import Objective
 from cooperllm.models import Model
 from cooperllm.packaging.points import points_beside
 from cooperllm.packaging.tangents import Dual, WithTangents
@@ -55,42 +60,45 @@ class Prefix(nn.Module):
             states.append(args[0] if args else kwargs["hidden_states"])
 
         # The pass runs to its end, since a trace cannot be left in the middle; what leads nowhere is dropped from the graph.
+        asked = () if self._model.config.objective is not Objective.NEXT_TOKEN else (torch.zeros(1, dtype=torch.int64),)
         with prefix.stack[prefix.first].register_forward_pre_hook(entered, with_kwargs=True):
-            self.network(token_ids, mask)
+            self.network(token_ids, mask, *asked)
         return states[0]
 
 
 class Losses(nn.Module):
-    """Every example's loss at every point, eq. (2)."""
+    """Every target's loss at every point, eq. (2)."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.network, self._model = model.network, model
 
     def forward(self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor) -> Tensor:
-        """Returns losses [P, B]; `given` is what the prefix makes, or token ids."""
+        """Returns losses [P, R]; `given` is what the prefix makes, or token ids."""
         model, num_points = self._model, theta.shape[0]
-        rows, masks = _repeated(given, theta), _repeated(mask, theta)
+        rows, masks, places = _repeated(given, theta), _repeated(mask, theta), _places(labels)
+        if places is not None:  # point by point, each point's behind those of the points before it
+            places = (places + mask.shape[0] * mask.shape[1] * torch.arange(num_points)[:, None]).flatten()
         with points_beside(self.network, model.layout, theta):
-            scores = _scores(model, rows, masks)
+            scores = _scores(model, rows, masks, places)
         return _losses(scores.reshape(num_points, -1, model.num_classes) + shift, labels)
 
 
 class PointLosses(nn.Module):
-    """Every example's loss at one point, which (5) differentiates."""
+    """Every target's loss at one point, which (5) differentiates."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.network, self._model = model.network, model
 
     def forward(self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor) -> Tensor:
-        """Returns losses [B]."""
+        """Returns losses [R]."""
         at_point = partial(torch.func.functional_call, self.network, self._model.layout.views(theta))
-        return _losses(_scores(self._model, given, mask, at_point) + shift, labels)
+        return _losses(_scores(self._model, given, mask, _places(labels), at_point) + shift, labels)
 
 
 class Slopes(nn.Module):
-    """Every example's loss at one point and its derivatives along directions, eq. (5): `losses` is a traced `PointLosses`."""
+    """Every target's loss at one point and its derivatives along directions, eq. (5): `losses` is a traced `PointLosses`."""
 
     def __init__(self, losses: fx.GraphModule) -> None:
         super().__init__()
@@ -99,7 +107,7 @@ class Slopes(nn.Module):
     def forward(
         self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor, directions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns losses [B] and derivatives [P, B]."""
+        """Returns losses [R] and derivatives [P, R]."""
         found = WithTangents(self._losses).run(given, mask, labels, shift, Dual(theta, directions))
         return found.value, found.tangents
 
@@ -121,7 +129,7 @@ class Forward(nn.Module):
     def forward(
         self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor, exact: Tensor, push_in: Tensor, push_out: Tensor
     ) -> tuple[Tensor, ...]:
-        """Returns losses [B] and every tensor that a layer below was given or gave.
+        """Returns losses [R] and every tensor that a layer below was given or gave.
 
         `exact` stands for θ from the last layer on; `push_in` and `push_out` [B, T, H] are added to the last layer's input and output.
         """
@@ -153,7 +161,7 @@ class Forward(nn.Module):
             # Layers below must not look as if they depended on `exact`, or its derivative would run through all of them.
             fixed, moving = layout.views(theta), layout.views(torch.cat([theta[:start], exact]))
             views = {name: (moving if first >= start else fixed)[name] for name, (first, _) in layout.ranges.items()}
-            scores = _scores(self._model, given, mask, partial(torch.func.functional_call, self.network, views))
+            scores = _scores(self._model, given, mask, _places(labels), partial(torch.func.functional_call, self.network, views))
         return (_losses(scores + shift, labels), *seen)
 
 
@@ -165,7 +173,7 @@ class Observe(nn.Module):
         self._forward, self._exact_start, self._width = forward, exact_start, width
 
     def forward(self, given: Tensor, mask: Tensor, labels: Tensor, shift: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
-        """Returns losses [B]; gradients of their sum at the last layer's input and output, and in θ from it on; and what is seen."""
+        """Returns losses [R]; gradients of their sum at the last layer's input and output, and in θ from it on; and what is seen."""
 
         def total(exact: Tensor, push_in: Tensor, push_out: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             found = self._forward(given, mask, labels, shift, theta, exact, push_in, push_out)
@@ -230,8 +238,14 @@ def _taken(seen: Sequence[Tensor], place: Place) -> Tensor:
 
 
 def _losses(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each example, scores [..., B, C]: a sum over classes, since picking one would read labels as places."""
-    return -(torch.log_softmax(scores, -1) * (labels[:, None] == torch.arange(scores.shape[-1]))).sum(-1)
+    """Cross entropy of each target, scores [..., R, C]: a sum over classes, since picking one would read labels as places."""
+    wanted = labels if _places(labels) is None else labels[:, 0]
+    return -(torch.log_softmax(scores, -1) * (wanted[:, None] == torch.arange(scores.shape[-1]))).sum(-1)
+
+
+def _places(labels: Tensor) -> Tensor | None:
+    """Where the states stand that predict tokens; classes have no such places."""
+    return None if labels.dim() == 1 else labels[:, 1]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -243,8 +257,9 @@ def _repeated(rows: Tensor, theta: Tensor) -> Tensor:
     return rows[None].expand(theta.shape[0], *rows.shape).reshape(-1, *rows.shape[1:])
 
 
-def _scores(model: Model, given: Tensor, mask: Tensor, call: Callable[[Any], Tensor] | None = None) -> Tensor:
-    """Class scores from states, or from token ids where nothing is frozen below the first adapted layer."""
+def _scores(model: Model, given: Tensor, mask: Tensor, places: Tensor | None, call: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """Scores from states, or from token ids where nothing is frozen below the first adapted layer."""
     with nullcontext() if model.prefix is None else model.prefix.resumed(given):
         ids = given if model.prefix is None else mask  # of the right shape; what the embedding makes of it is passed over
-        return (call((ids, mask)) if call is not None else model.network(ids, mask)).float()
+        asked = (ids, mask) if places is None else (ids, mask, places)
+        return (call(asked) if call is not None else model.network(*asked)).float()

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Generator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -46,24 +47,26 @@ def graphs_of(model: Model, theta: Tensor, batch: Batch, *, has_forward_mode: bo
     dynamic, either = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     rows, examples, point = {0: dynamic, 1: dynamic}, {0: dynamic}, torch.stack([theta, theta])
     given = batch.token_ids if batch.states is None else batch.states
-    shift, watched = torch.zeros(model.num_classes), Forward(model)
+    is_next_token = batch.places is not None
+    shift, watched = torch.zeros(1 if is_next_token else model.num_classes), Forward(model)
+    labels = torch.stack([batch.labels, batch.places], 1) if batch.places is not None else batch.labels
     graphs: dict[str, onnx.ModelProto] = {}
     with _tracing(model):
         if model.prefix is not None:
             graphs[PREFIX] = _onnx(Prefix(model), (batch.token_ids, batch.mask), (rows, rows), ["token_ids", "mask"], ["states"])
         graphs[LOSSES] = _onnx(
             Losses(model),
-            (given, batch.mask, batch.labels, shift, point),
+            (given, batch.mask, labels, shift, point),
             (rows, rows, examples, None, {0: dynamic}),
             ["given", "mask", "labels", "shift", "theta"],
             ["losses"],
         )
         if has_forward_mode:
-            graphs[SLOPES] = _slopes(model, (given, batch.mask, batch.labels, shift, theta), (rows, rows, examples, None, None))
+            graphs[SLOPES] = _slopes(model, (given, batch.mask, labels, shift, theta), (rows, rows, examples, None, None))
         if not model.adapted.is_complete:
             return graphs, []
         push = torch.zeros(*batch.mask.shape, model.adapted.width)
-        first = (given, batch.mask, batch.labels, shift, theta)
+        first = (given, batch.mask, labels, shift, theta)
         pushed = (*first, theta[model.adapted.exact_start :], push, push.clone())  # one tensor twice would be one input to a trace
         traced = _exported(watched, pushed, (rows, rows, examples, None, None, None, rows, rows))
         observe = Observe(traced.module(), model.adapted.exact_start, model.adapted.width)
@@ -116,12 +119,19 @@ def _with_open_sizes(batch: Batch, taken: Set[int]) -> Batch:
     num_examples = next(size for size in count(max(found, 2)) if size not in taken)
     longer = next(size for size in count(max(length, 2)) if size not in taken and size != num_examples) - length
     order, pad = torch.arange(num_examples) % found, nn.functional.pad
-    return Batch(
+    opened = Batch(
         token_ids=pad(batch.token_ids[order], (0, longer)),
         mask=pad(batch.mask[order], (0, longer)),
-        labels=batch.labels[order],
+        labels=batch.labels[order] if batch.places is None else batch.labels,
         states=None if batch.states is None else pad(batch.states[order], (0, 0, 0, longer)),
     )
+    if batch.places is None:
+        return opened
+    places = batch.places // length * (length + longer) + batch.places % length
+    sizes = taken | {num_examples, length + longer, num_examples * (length + longer)}
+    num_targets = next(size for size in count(max(len(places), 2)) if size not in sizes)
+    again = torch.arange(num_targets) % len(places)
+    return replace(opened, labels=batch.labels[again], places=places[again])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from cooperllm.config import Variant
+from cooperllm.config import Objective, Variant
 from cooperllm.device.manifest import (
     LOSSES,
     MANIFEST,
@@ -32,6 +32,7 @@ from cooperllm.packaging.trace import graphs_of
 from cooperllm.packaging.weights import fold_gathers, multiplications, write_graphs
 
 GOLDEN_TEXTS = ("A stirring film.", "It fell apart quickly, and nobody in the room was sorry.", "Fine")
+GOLDEN_COMPLETIONS = ("Good.", "It is bad, all of it.", "So.")
 GOLDEN_SEED = 20_260
 GOLDEN_SCALES = (0.0, 0.02)
 TOLERANCES = {Variant.FP32: 1e-4, Variant.INT8: 0.05, Variant.INT8_WEIGHTS: 0.05, Variant.INT4: 0.5}
@@ -55,7 +56,7 @@ def write_package(
         model: The model.
         theta: θ_0, shape [n].
         directory: A missing or empty directory; it appears when all is written and has been run once.
-        label_names: Names of the classes.
+        label_names: Names of the classes; for next tokens they do not matter.
         variant: How the frozen weights are kept.
         seed: The run's seed that θ_0 belongs to.
         has_forward_mode: Whether devices can measure slopes in forward mode; a model without it is refused then.
@@ -96,8 +97,10 @@ def _written(
 ) -> Manifest:
     (part / TOKENIZER).write_text(model.tokenizer_json(), encoding="utf8")
     theta.astype("<f4").tofile(part / THETA)
-    labels = [number % model.num_classes for number in range(len(GOLDEN_TEXTS))]
-    examples = model.encode(GOLDEN_TEXTS, None, labels)
+    is_next_token = model.config.objective is Objective.NEXT_TOKEN
+    labels = [] if is_next_token else [number % model.num_classes for number in range(len(GOLDEN_TEXTS))]
+    completions = GOLDEN_COMPLETIONS if is_next_token else ()
+    examples = model.encode(GOLDEN_TEXTS, None, labels, completions or None)
     batch = model.batch(examples, range(len(examples)))
     graphs, seen = graphs_of(model, torch.from_numpy(theta.copy()), batch, has_forward_mode=has_forward_mode)
     multiplied = multiplications(graphs[LOSSES])
@@ -109,6 +112,7 @@ def _written(
         texts=GOLDEN_TEXTS,
         token_ids=tuple(tuple(row.tolist()) for row in examples.token_ids),
         labels=tuple(labels),
+        completions=completions,
         seed=GOLDEN_SEED,
         scales=GOLDEN_SCALES,
         losses=(0.0,) * len(GOLDEN_SCALES),
@@ -123,12 +127,13 @@ def _written(
         variant=variant,
         model=model.config.name,
         seed=seed,
-        label_names=tuple(label_names),
+        label_names=() if is_next_token else tuple(label_names),
         num_parameters=model.layout.size,
         num_classes=model.num_classes,
         objective=model.config.objective,
         max_tokens=model.config.max_tokens,
         prompt=model.config.prompt,
+        frame=model.frame if is_next_token else None,
         pad_id=model.pad_id,
         widths=model.widths,
         multiplications=multiplied,
