@@ -185,7 +185,7 @@ def _concluded(path: Path, study: Study, desk: Desk) -> Comparison:
                 entry = arm_summary(study.config(job), rounds, study.clock)
                 stopped = {} if outcome(files) == "finished" else {"finished": False, "outcome": outcome(files)}
                 entries.setdefault(name, []).append(entry | stopped)
-        tried[name] = [{"learning_rate": job.learning_rate, "validation_accuracy": desk.scores.get(job)} for job in tuning_jobs]
+        tried[name] = [{"learning_rate": job.learning_rate, "score": desk.scores.get(job)} for job in tuning_jobs]
     figures = results.arms_figures(entries, tunings)
     for name, arm_figures in figures["arms"].items():
         arm_figures["tried"] = tried[name]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cooperllm.config import RunConfig
+from cooperllm.report.table import format_score
 from cooperllm.run_directory import RunDirectory
 from cooperllm.session import Observer
 from cooperllm.study import Job, Study, mean_of_last
-from cooperllm.summary import arm_summary
+from cooperllm.summary import arm_summary, judged_by, score, score_curve
 
 DIVERGED = "diverged.json"
 
@@ -78,8 +79,10 @@ class Desk:
             return
         files = RunDirectory(self._path / self._study.directory(job))
         self.scores[job] = _score(files)
-        end = mean_of_last(arm_summary(files.config(), files.rounds())["accuracy_by_round"])
-        self.tell(f"{job}: " + ("diverged" if outcome(files) == "diverged" or end is None else f"ends at {end:.1%}"), job)
+        summary = arm_summary(files.config(), files.rounds())
+        end = mean_of_last(score_curve(summary))
+        is_lost = outcome(files) == "diverged" or end is None
+        self.tell(f"{job}: " + ("diverged" if is_lost else f"ends at {format_score(end, summary['judged_by'])}"), job)
 
     def tell(self, sentence: str, ended: Job | None = None) -> None:
         """Passes on what happened."""
@@ -136,4 +139,6 @@ def prepare(path: Path, config: RunConfig) -> None:
 def _score(files: RunDirectory) -> float | None:
     if outcome(files) == "diverged":
         return None
-    return mean_of_last([[row["round"], row["validation_accuracy"]] for row in files.rounds() if row["validation_accuracy"] is not None])
+    judged = judged_by(files.config())
+    scored = [(row["round"], score(row, "validation_", judged)) for row in files.rounds()]
+    return mean_of_last([(number, found) for number, found in scored if found is not None])

@@ -3,10 +3,11 @@
     end(s)   = mean of the last evaluations of seed s                                                   (1)
     ratio(s) = t_baseline(s) / t_arm(s),  t(s) = first evaluated round of seed s at the level(s)        (2)
 
-The level is the end or the best accuracy of the baseline with the same seed. Both rounds are looked up in the same way, so the baseline's
-own ratio is 1, and a baseline that peaks early gains nothing from the rounds it went on for.
+Scores are accuracies, for next tokens negative losses. The level is the end or the best score of the baseline with the same seed. Both
+rounds are looked up in the same way, so the baseline's own ratio is 1, and a baseline that peaks early gains nothing from later rounds.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from cooperllm.config import RunConfig
 from cooperllm.report.page import LEADS
 from cooperllm.study import LAST, Job, Tuning, mean_of_last
-from cooperllm.summary import modelled_seconds, rounds_to
+from cooperllm.summary import modelled_seconds, rounds_to, score_curve
 from cooperllm.wall_clock import DeviceClock
 
 METHOD = (*LEADS, "paper")
@@ -33,6 +34,7 @@ SCHEMA = pa.schema([
     ("accuracy", pa.float64()),
     ("validation_accuracy", pa.float64()),
     ("loss", pa.float64()),
+    ("validation_loss", pa.float64()),
     ("forward_passes", pa.int64()),
     ("bytes_up", pa.int64()),
     ("bytes_down", pa.int64()),
@@ -59,7 +61,10 @@ def rows(
     """
     seconds = modelled_seconds(config, rounds, clock)
     facts = {"arm": job.arm.value, "learning_rate": job.learning_rate, "seed": job.seed, "is_result": is_result, "outcome": outcome}
-    sums, judged = dict.fromkeys(("forward_passes", "bytes_up", "bytes_down"), 0), ("accuracy", "validation_accuracy", "loss")
+    sums, judged = (
+        dict.fromkeys(("forward_passes", "bytes_up", "bytes_down"), 0),
+        ("accuracy", "validation_accuracy", "loss", "validation_loss"),
+    )
     listed = (
         [facts | {"round": 0, **{name: rounds[0].get(f"{name}_before") for name in judged}, **sums, "modelled_seconds": 0.0}]
         if rounds
@@ -68,7 +73,7 @@ def rows(
     for row in rounds:
         sums = {name: total + row[name] for name, total in sums.items()}
         if row["accuracy"] is not None:
-            evaluated = {name: row[name] for name in judged}
+            evaluated = {name: row.get(name) for name in judged}
             listed.append(facts | {"round": row["round"], **evaluated, **sums, "modelled_seconds": seconds[row["round"]]})
     return listed
 
@@ -107,8 +112,10 @@ def arms_figures(entries: Mapping[str, Sequence[Mapping[str, Any]]], tunings: Ma
                 "is_at_edge": tunings[name].is_at_edge,
                 "rounds": max(run["rounds"] for run in runs),
                 "outcomes": [_outcome(run) for run in runs],
-                "end_accuracy": spread([_end(run) for run in runs]),
+                "end_accuracy": _ends(runs, "accuracy"),
                 "best_accuracy": spread([run["best_accuracy"] if run["finished"] else None for run in runs]),
+                "end_loss": _ends(runs, "loss"),
+                "best_loss": spread([run.get("best_loss") if run["finished"] else None for run in runs]),
                 "modelled_seconds": spread([run["modelled_seconds_by_round"][-1][1] if run["finished"] else None for run in runs]),
                 **(_paces(runs, entries[baseline]) if baseline else {}),
             }
@@ -178,16 +185,17 @@ def ratio(baseline_round: int | None, arm_round: int | None) -> float | None:
 def _paces(runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rounds to the baseline's end and to its best, seed by seed, and their ratios to its own rounds."""
     paces: dict[str, Any] = {}
-    for level, levels in (("end", [_end(run) for run in baseline]), ("best", [run["best_accuracy"] for run in baseline])):
-        own = [_reached(run, accuracy) for run, accuracy in zip(baseline, levels, strict=True)]
-        reached = [_reached(run, accuracy) for run, accuracy in zip(runs, levels, strict=True)]
+    best = [max((reached for _, reached in score_curve(run)), default=None) for run in baseline]
+    for level, levels in (("end", [_end(run) for run in baseline]), ("best", best)):
+        own = [_reached(run, wanted) for run, wanted in zip(baseline, levels, strict=True)]
+        reached = [_reached(run, wanted) for run, wanted in zip(runs, levels, strict=True)]
         paces[f"rounds_to_baseline_{level}"] = reached
         paces[f"ratio_to_baseline_{level}"] = [ratio(first, second) for first, second in zip(own, reached, strict=True)]
     return paces
 
 
-def _reached(run: Mapping[str, Any], accuracy: float | None) -> int | None:
-    return None if accuracy is None else rounds_to(run["accuracy_by_round"], accuracy)
+def _reached(run: Mapping[str, Any], wanted: float | None) -> int | None:
+    return None if wanted is None else rounds_to(score_curve(run), wanted)
 
 
 def _outcome(run: Mapping[str, Any]) -> str:
@@ -195,8 +203,13 @@ def _outcome(run: Mapping[str, Any]) -> str:
 
 
 def _end(run: Mapping[str, Any]) -> float | None:
-    return mean_of_last(run["accuracy_by_round"]) if run["finished"] else None
+    return mean_of_last(score_curve(run)) if run["finished"] else None
+
+
+def _ends(runs: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    return spread([mean_of_last(run.get(f"{name}_by_round", [])) if run["finished"] else None for run in runs])
 
 
 def _median_end(runs: Sequence[Mapping[str, Any]]) -> float:
-    return spread([_end(run) for run in runs])["median"] or 0.0
+    median = spread([_end(run) for run in runs])["median"]
+    return -math.inf if median is None else median

@@ -283,7 +283,8 @@ def _evaluated(assembly: Assembly, cloud: Cloud) -> dict[str, float]:
     accuracy, loss = _judged(assembly.material.model, assembly.material.test, cloud)
     figures = {"accuracy": accuracy, "loss": loss}
     if assembly.config.validates:
-        figures["validation_accuracy"] = _judged(assembly.material.model, assembly.material.validation, cloud)[0]
+        accuracy, loss = _judged(assembly.material.model, assembly.material.validation, cloud)
+        figures |= {"validation_accuracy": accuracy, "validation_loss": loss}
     return figures
 
 
@@ -310,6 +311,7 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
         "accuracy": None,
         "loss": None,
         "validation_accuracy": None,
+        "validation_loss": None,
         "private_loss": closed.update.loss,
         "public_loss": result.public_loss,
         "step": closed.update.kind.value,

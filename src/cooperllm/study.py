@@ -216,7 +216,7 @@ def mean_of_last(curve: Sequence[Sequence[float]]) -> float | None:
     """Means the last evaluations of a run.
 
     Args:
-        curve: Pairs of round and accuracy, in order; the state before the first round does not count.
+        curve: Pairs of round and score, in order; the state before the first round does not count.
 
     Returns:
         The mean of the last `LAST`, or of as many as there are; None without any.
@@ -225,5 +225,5 @@ def mean_of_last(curve: Sequence[Sequence[float]]) -> float | None:
         >>> mean_of_last([[0, 0.1], [5, 0.5], [10, 0.7]])
         0.6
     """
-    ends = [accuracy for number, accuracy in curve if number > 0][-LAST:]
+    ends = [score for number, score in curve if number > 0][-LAST:]
     return math.fsum(ends) / len(ends) if ends else None

@@ -85,8 +85,8 @@ def read_texts(file: Path, package: Package) -> DeviceExamples:
         raise ConfigError(f"{file}: found a line that is no JSON object with text and {target} ({error}); mend it") from error
     if not rows or not {len(seconds), len(completions)} <= {0, len(rows)}:
         raise ConfigError(
-            f"{file}: found {len(rows)} texts, {len(seconds)} with text2, {len(completions)} with completion, expected at least one text, and "
-            "the others in all or none"
+            f"{file}: found {len(rows)} texts, {len(seconds)} with text2, {len(completions)} with completion, expected at least one text, "
+            "and the others in all or none"
         )
     return package.encode(texts, seconds or None, labels, completions or None)
 

@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cooperllm.report.plots import CHARTS, FALLBACK, STYLES, replace_file
 from cooperllm.report.spread import cells_of, format_duration, pace
-from cooperllm.report.table import BOUND_MARK, Summary, final_accuracies, format_number, format_percent, title
+from cooperllm.report.table import BOUND_MARK, Summary, final_scores, format_number, format_score, judged_by, title
 from cooperllm.report.timeline import COLORS, Row, bars, lanes_of, spans
+from cooperllm.summary import rounds_to, score_curve
 
 LEADS = ("feedback", "measured")
 UNGUIDED = "mezo-fl"
@@ -43,7 +44,8 @@ def write_page(summary: Summary, directory: Path, plots: Sequence[Path], times: 
         title=title(summary),
         cells=cells,
         rows=list(zip(summary["arms"], cells.rows, strict=True)),
-        finals=final_accuracies(summary),
+        finals={name: format_score(final, judged_by(summary)) for name, final in final_scores(summary).items()},
+        judged=judged_by(summary),
         styles={name: STYLES.get(name, FALLBACK) for name in summary["arms"]},
         figures=[(plot.name, axes.get(plot.name, plot.stem), base64.b64encode(plot.read_bytes()).decode()) for plot in plots],
         times=times,
@@ -57,7 +59,7 @@ def write_page(summary: Summary, directory: Path, plots: Sequence[Path], times: 
         standard_error=_standard_error(summary),
         bound_mark=BOUND_MARK,
         format_number=format_number,
-        format_percent=format_percent,
+        format_score=format_score,
         format_duration=format_duration,
     )
     return replace_file(directory / "report.html", text.encode())
@@ -79,18 +81,18 @@ def verdict(summary: Summary) -> str:
         >>> verdict({"arms": {"measured": {"final_accuracy": 0.831}, "cloud-only": {"final_accuracy": 0.789}}})
         'measured ends at 83.1 %, 4.2 points above cloud-only.'
     """
-    arms, finals = summary["arms"], final_accuracies(summary)
+    arms, finals, judged = summary["arms"], final_scores(summary), judged_by(summary)
     if not finals:
         return "No arm has finished yet."
     forward_only = [name for name in finals if not arms[name].get("uses_back_propagation_on_devices")]
     best = max(forward_only or finals, key=lambda name: finals[name])
     lead = next((name for name in LEADS if name in finals), best)
     others = sorted(finals.keys() - {lead}, key=lambda name: (-finals[name], name))
-    sentence = f"{lead} ends at {format_percent(finals[lead])}"
+    sentence = f"{lead} ends at {'a loss of ' if judged == 'loss' else ''}{format_score(finals[lead], judged)}"
     if len(seeds := summary.get("comparison", {}).get("seeds", [])) > 1:
         sentence += f" (median of {len(seeds)} seeds)"
     if others:
-        sentence += f", {_enumerate(_margins(finals, lead, others))}"
+        sentence += f", {_enumerate(_margins(finals, lead, others, judged))}"
     else:
         sentence += f" after {arms[lead]['rounds']} rounds and {format_number(arms[lead]['forward_passes'])} forward passes"
     if "comparison" in summary:
@@ -103,8 +105,11 @@ def verdict(summary: Summary) -> str:
     return sentence + "."
 
 
-def _margins(finals: dict[str, float], lead: str, others: list[str]) -> list[str]:
-    """Gaps in points of a percentage, the unit said once."""
+def _margins(finals: dict[str, float], lead: str, others: list[str], judged: str) -> list[str]:
+    """Gaps in points of a percentage, the unit said once, or of losses."""
+    if judged == "loss":
+        gaps = {name: finals[lead] - finals[name] for name in others}
+        return [f"{abs(gap):.3f} {'below' if gap > 0 else 'above'} {name}" for name, gap in gaps.items()]
     margins, unit = list[str](), " points"
     for name in others:
         gap = round(100 * (finals[lead] - finals[name]), 1)
@@ -114,18 +119,20 @@ def _margins(finals: dict[str, float], lead: str, others: list[str]) -> list[str
 
 
 def _pace(lead: Summary, unguided: Summary) -> str:
-    rounds, unguided_rounds = (_first_round(arm, unguided["final_accuracy"]) for arm in (lead, unguided))
+    rounds, unguided_rounds = (_first_round(arm, unguided) for arm in (lead, unguided))
+    final = f"{UNGUIDED}'s final {unguided.get('judged_by', 'accuracy')}"
     if rounds is None or unguided_rounds is None:
-        return f"it never reaches {UNGUIDED}'s final accuracy"
+        return f"it never reaches {final}"
     if rounds == 0 or unguided_rounds == 0:
         return f"{UNGUIDED} ends no higher than the start"
     ratio = unguided_rounds / rounds
     comparison = "as many" if ratio == 1 else f"{ratio:.1f}x fewer" if ratio > 1 else f"{1 / ratio:.1f}x more"
-    return f"it reaches {UNGUIDED}'s final accuracy in {rounds} rounds, {UNGUIDED} itself in {unguided_rounds} ({comparison})"
+    return f"it reaches {final} in {rounds} rounds, {UNGUIDED} itself in {unguided_rounds} ({comparison})"
 
 
-def _first_round(arm: Summary, accuracy: float) -> int | None:
-    return next((index for index, reached in arm["accuracy_by_round"] if reached >= accuracy), None)
+def _first_round(arm: Summary, unguided: Summary) -> int | None:
+    """The first round at which an arm is where the unguided one ends."""
+    return rounds_to(score_curve(arm), score_curve(unguided)[-1][1])
 
 
 def _enumerate(parts: Sequence[str]) -> str:
@@ -140,6 +147,8 @@ def _command(summary: Summary) -> str:
 
 def _standard_error(summary: Summary) -> float | None:
     """Largest binomial standard error of a final accuracy, if the number of test examples is known."""
+    if judged_by(summary) == "loss":
+        return None
     num_test = summary.get("config", {}).get("data", {}).get("num_test")
-    variances = [accuracy * (1 - accuracy) for accuracy in final_accuracies(summary).values()]
+    variances = [accuracy * (1 - accuracy) for accuracy in final_scores(summary).values()]
     return math.sqrt(max(variances) / num_test) if num_test and variances else None

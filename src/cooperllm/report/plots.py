@@ -1,4 +1,4 @@
-"""Accuracy against what it costs: rounds, forward passes, bytes, modelled time.
+"""Accuracy, or for next tokens loss, against what it costs: rounds, forward passes, bytes, modelled time.
 
 An arm keeps its colour and dashes in every plot of every run. Over several seeds a line is the median and its band the range.
 """
@@ -16,7 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MultipleLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from cooperllm.report.table import Summary, final_accuracies, format_percent, title
+from cooperllm.report.table import Summary, final_scores, format_score, judged_by, title
+from cooperllm.summary import score_curve
 
 REFERENCE = "cloud-only"
 
@@ -92,10 +93,10 @@ def replace_file(path: Path, content: bytes) -> Path:
 def _draw(chart: Chart, summary: Summary) -> bytes:
     figure = Figure(figsize=(6.2, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    finals = final_accuracies(summary)
+    finals, judged = final_scores(summary), judged_by(summary)
     ends: Summary = summary.get("comparison", {}).get("arms", {})
-    for name, arm in sorted(summary["arms"].items(), key=lambda item: finals.get(item[0], 0), reverse=True):
-        _draw_arm(axes, chart, name, arm, finals.get(name), ends.get(name, {}).get("end_accuracy"))
+    for name, arm in sorted(summary["arms"].items(), key=lambda item: finals.get(item[0], -math.inf), reverse=True):
+        _draw_arm(axes, chart, name, arm, finals.get(name), ends.get(name, {}).get(f"end_{judged}"))
     _dress(axes, chart, summary)
     if axes.lines:
         figure.legend(loc="outside lower center", ncols=min(3, len(axes.lines)), frameon=False, fontsize=9.5, handlelength=3.2)
@@ -105,14 +106,15 @@ def _draw(chart: Chart, summary: Summary) -> bytes:
 
 
 def _draw_arm(axes: Axes, chart: Chart, name: str, arm: Summary, final: float | None, ends: Summary | None = None) -> None:
-    style = STYLES.get(name, FALLBACK)
-    label = _literal(f"{name} {'(unfinished)' if final is None else format_percent(final)}")
+    style, judged = STYLES.get(name, FALLBACK), arm.get("judged_by", "accuracy")
+    label = _literal(f"{name} {'(unfinished)' if final is None else format_score(final, judged)}")
     dashes = (0, style.dashes) if style.dashes else "-"
     look: dict[str, Any] = {"label": label, "color": style.color, "linewidth": style.width, "linestyle": dashes, "zorder": 2 + style.width}
     shade: dict[str, Any] = {"color": style.color, "alpha": 0.16, "linewidth": 0, "zorder": 1}
     runs: list[Summary] = arm.get("seeds", [arm])
     points = _points(chart, runs)
     if name == REFERENCE and chart.cost_key and final is not None:
+        final = abs(final)
         axes.axhline(final, **look)
         if ends is not None and len(runs) > 1:
             axes.axhspan(ends["min"], ends["max"], **shade)
@@ -125,20 +127,21 @@ def _draw_arm(axes: Axes, chart: Chart, name: str, arm: Summary, final: float | 
 
 
 def _points(chart: Chart, runs: Sequence[Summary]) -> list[tuple[float, float, float, float]]:
-    """Median cost; lowest, median and highest accuracy wherever all runs have both; a logarithmic axis has no place for a cost of zero."""
-    curves: list[dict[int, float]] = [dict(run.get("accuracy_by_round", [])) for run in runs]
+    """Median cost; lowest, median and highest value wherever all runs have both; a logarithmic axis has no place for a cost of zero."""
+    curves: list[dict[int, float]] = [{at: abs(score) for at, score in score_curve(run)} for run in runs]
     costs: list[dict[int, float]] = [
         dict(run.get(chart.cost_key, [])) if chart.cost_key else {at: at for at in curve} for run, curve in zip(runs, curves, strict=True)
     ]
     points: list[tuple[float, float, float, float]] = []
     for at in [at for at in curves[0] if all(at in known for known in (*curves, *costs))]:
-        accuracies = [curve[at] for curve in curves]
-        points.append((median(cost[at] for cost in costs), min(accuracies), median(accuracies), max(accuracies)))
+        values = [curve[at] for curve in curves]
+        points.append((median(cost[at] for cost in costs), min(values), median(values), max(values)))
     return [point for point in points if point[0] > 0 or not chart.is_logarithmic]
 
 
 def _dress(axes: Axes, chart: Chart, summary: Summary) -> None:
-    axes.set_title("accuracy", loc="left", fontsize=10.5)
+    judged = judged_by(summary)
+    axes.set_title(judged, loc="left", fontsize=10.5)
     axes.set_title(_literal(title(summary)), loc="right", fontsize=10.5, color="#666666")
     axes.set_xlabel(chart.axis, fontsize=10.5)
     if chart.is_logarithmic:
@@ -150,7 +153,8 @@ def _dress(axes: Axes, chart: Chart, summary: Summary) -> None:
         _label_time(axes)
     else:
         axes.xaxis.set_major_formatter(EngFormatter("B") if chart.is_logarithmic else StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    if judged == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.tick_params(labelsize=10, length=0, which="both")
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -14,19 +14,19 @@ from cooperllm.report.table import (
     DASH,
     Summary,
     arm_rows,
-    final_accuracies,
+    final_scores,
     format_number,
-    format_percent,
     format_rate,
+    format_score,
     headings,
+    judged_by,
     lay_out,
     title,
 )
 
-PLAIN_CAPTION = (
-    "Final and best are accuracies; “to” is the first round at which that accuracy was seen; – is never, or not known. Forward passes and "
-    "bytes are sums over all devices."
-)
+SUMS = "Forward passes and bytes are sums over all devices."
+PLAIN_CAPTION = f"Final and best are accuracies; “to” is the first round at which that accuracy was seen; – is never, or not known. {SUMS}"
+LOSS_CAPTION = f"Losses are means over the tokens of held-out completions; – is not known. {SUMS}"
 EDGE_MARK = "† the best rate tried, at the edge of the grid"
 
 
@@ -45,7 +45,7 @@ def arms_table(summary: Summary) -> Table:
         summary: Content of summary.json; not modified.
 
     Returns:
-        One row per arm, the best accuracy in bold.
+        One row per arm, the best end in bold.
 
     Example:
         >>> arms_table({"recipe": "demo", "seed": 0, "arms": {"measured": {"final_accuracy": 0.83}}}).row_count
@@ -69,12 +69,13 @@ def cells_of(summary: Summary) -> Cells:
     """
     if "comparison" in summary:
         return Cells(_headings(summary), _rows(summary), _caption(summary))
-    return Cells(headings(summary), arm_rows(summary), PLAIN_CAPTION)
+    return Cells(headings(summary), arm_rows(summary), LOSS_CAPTION if judged_by(summary) == "loss" else PLAIN_CAPTION)
 
 
 def _headings(summary: Summary) -> tuple[str, ...]:
     figures: Summary = summary["comparison"]
-    names = ("arm", "rate", "rounds", "end", "best")
+    loss = "\nloss" if judged_by(summary) == "loss" else ""
+    names = ("arm", "rate", "rounds", f"end{loss}", f"best{loss}")
     if figures["baseline"] is not None:
         names += ("rounds\nto its\nend", "rounds\nto its\nbest", "times\nsooner")
         names += ("bound:\nsooner",) if figures["bound"] is not None else ()
@@ -82,7 +83,7 @@ def _headings(summary: Summary) -> tuple[str, ...]:
 
 
 def _rows(summary: Summary) -> list[tuple[tuple[str, ...], bool]]:
-    finals = final_accuracies(summary)
+    finals = final_scores(summary)
     best = max(finals.values(), default=None)
     return [(_cells(name, summary), name in finals and finals[name] == best) for name in summary["arms"]]
 
@@ -115,7 +116,7 @@ def format_duration(seconds: float | None) -> str:
 
 
 def pace(summary: Summary, lead: str) -> str:
-    """Says how soon an arm has the baseline's best accuracy, beside the baseline itself and back-propagation.
+    """Says how soon an arm has the baseline's best accuracy or loss, beside the baseline itself and back-propagation.
 
     Args:
         summary: Content of summary.json with a comparison that has a baseline; not modified.
@@ -128,7 +129,7 @@ def pace(summary: Summary, lead: str) -> str:
     arms, baseline, bound = figures["arms"], figures["baseline"], figures["bound"]
     if not any(arms[baseline]["rounds_to_baseline_best"]):
         return f"{baseline} is never better than at its start"
-    clause = f"it reaches {baseline}'s best accuracy in {_by_seed(arms[lead]['rounds_to_baseline_best'])} rounds"
+    clause = f"it reaches {baseline}'s best {judged_by(summary)} in {_by_seed(arms[lead]['rounds_to_baseline_best'])} rounds"
     clause += f", {baseline} itself in {_by_seed(arms[baseline]['rounds_to_baseline_best'])}"
     clause += f" ({_by_seed(_times(arms[lead]['ratio_to_baseline_best']))} sooner"
     if bound not in {None, lead}:
@@ -150,7 +151,7 @@ def _stacked(values: Sequence[Any]) -> str:
 
 def _cells(name: str, summary: Summary) -> tuple[str, ...]:
     figures: Summary = summary["comparison"]
-    arm, bound = figures["arms"][name], figures["bound"]
+    arm, bound, judged = figures["arms"][name], figures["bound"], judged_by(summary)
     mark = "*" * summary["arms"][name].get("uses_back_propagation_on_devices", False)
     stopped = [outcome for outcome in arm["outcomes"] if outcome != "finished"]
     count = f"{len(stopped)} of {len(arm['outcomes'])} " if len(arm["outcomes"]) > 1 else ""
@@ -158,8 +159,8 @@ def _cells(name: str, summary: Summary) -> tuple[str, ...]:
         name + mark + (f"\n{count}{'diverged' if set(stopped) == {'diverged'} else 'failed'}" if stopped else ""),
         format_rate(arm["learning_rate"], summary["arms"][name].get("optimizer")) + "†" * arm["is_at_edge"],
         format_number(arm["rounds"]),
-        _spread(arm["end_accuracy"]),
-        format_percent(arm["best_accuracy"]["median"]),
+        _spread(arm[f"end_{judged}"], judged),
+        _written(arm[f"best_{judged}"]["median"], judged),
     )
     if figures["baseline"] is not None:
         cells += (_stacked(arm["rounds_to_baseline_end"]), _stacked(arm["rounds_to_baseline_best"]))
@@ -168,8 +169,15 @@ def _cells(name: str, summary: Summary) -> tuple[str, ...]:
     return (*cells, format_duration(arm["modelled_seconds"]["median"]))
 
 
-def _spread(values: Summary) -> str:
+def _spread(values: Summary, judged: str) -> str:
     """The median, and below it the range of several seeds."""
+    median = _written(values["median"], judged)
     if values["median"] is None or len(values["by_seed"]) == 1:
-        return format_percent(values["median"])
-    return f"{format_percent(values['median'])}\n{100 * values['min']:.1f}–{100 * values['max']:.1f}"
+        return median
+    if judged == "loss":
+        return f"{median}\n{values['min']:.3f}–{values['max']:.3f}"
+    return f"{median}\n{100 * values['min']:.1f}–{100 * values['max']:.1f}"
+
+
+def _written(value: float | None, judged: str) -> str:
+    return format_score(-value if value is not None and judged == "loss" else value, judged)
