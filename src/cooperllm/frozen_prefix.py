@@ -84,11 +84,11 @@ class FrozenPrefix:
         for index in range(self.first):
             self.stack[index] = self.stack[index].layer
 
-    def compute(self, network: nn.Module, token_ids: Tensor, mask: Tensor) -> Float[Tensor, "B T H"]:
-        """Runs the network up to the first adapted layer."""
+    def compute(self, network: nn.Module, *given: Tensor) -> Float[Tensor, "B T H"]:
+        """Runs the network, called with `given`, up to the first adapted layer."""
         self._is_computing = True
         try:
-            network(token_ids, mask)
+            network(*given)
         except _PrefixReached:
             assert self._reached is not None, "the first adapted layer was reached without hidden states"
             return self._reached

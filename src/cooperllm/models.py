@@ -122,6 +122,11 @@ class Batch:
     states: Tensor | None
     places: Tensor | None = None
 
+    @property
+    def given(self) -> tuple[Tensor, ...]:
+        """What the network is called with."""
+        return (self.token_ids, self.mask) if self.places is None else (self.token_ids, self.mask, self.places)
+
 
 class Model:
     """A network as a function of θ; build it with `load`.
@@ -214,7 +219,7 @@ class Model:
                 # Alone, since the last bits depend on what shares a pass: a resumed run must find the states of the first one.
                 one = self._pad(examples, [index])
                 with torch.no_grad():
-                    examples.states[index] = self.prefix.compute(self.network, one.token_ids, one.mask)[0].clone()
+                    examples.states[index] = self.prefix.compute(self.network, *one.given)[0].clone()
         states = nn.utils.rnn.pad_sequence([examples.states[index] for index in indices], batch_first=True)
         return replace(batch, states=states)
 
@@ -316,8 +321,7 @@ class Model:
     def _call(self, theta: Tensor, batch: Batch) -> Tensor:
         with torch.enable_grad():  # so that a module may open a graph in the middle of a pass without one
             views = self.layout.views(theta)
-        asked = () if batch.places is None else (batch.places,)
-        return torch.func.functional_call(self.network, views, (batch.token_ids, batch.mask, *asked))
+        return torch.func.functional_call(self.network, views, batch.given)
 
     def _pad(self, examples: Examples, indices: Sequence[int]) -> Batch:
         rows = [torch.from_numpy(examples.token_ids[index]) for index in indices]
@@ -377,12 +381,19 @@ def _pretrained(name: str, *, causal: bool) -> tuple[Any, Any]:
     factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        return factory.from_pretrained(place, dtype=torch.float32), tokenizer
+        loaded: Any = factory.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name: {name!r} could not be loaded: expected 'minilm', a directory with a Hugging Face model, or an id on a hub that "
             f"this machine reaches ({str(error).splitlines()[0]})"
         ) from error
+    backbone, found = loaded
+    if causal and found["missing_keys"]:
+        raise ConfigError(
+            f"model.name: {name!r} has no trained {sorted(found['missing_keys'])[0]}, expected a causal language model; take one, or "
+            "another objective"
+        )
+    return backbone, tokenizer
 
 
 def hush() -> None:

@@ -99,6 +99,14 @@ def ia3_with_head(_onnx_run, directory):
     return replace(config, model=model), path
 
 
+def next_tokens(_onnx_run, directory):
+    """A causal language model that learns what is to be said: the whole vocabulary, at every token of a completion."""
+    config = tiny(RuntimeName.ONNX)
+    model = replace(config.model, objective=Objective.NEXT_TOKEN, prompt="{text} This is about", label_words=())
+    source = replace(config.data.private, completion_column="domain")
+    return write(replace(config, model=model, data=replace(config.data, public=source, private=source)), directory / "package")
+
+
 def last_layer_alone(_onnx_run, directory):
     """Nothing lies below the last adapted layer, so that there is nothing to map: every gradient is exact."""
     config = tiny(RuntimeName.ONNX)
@@ -113,13 +121,15 @@ def default_model(_onnx_run, directory, variant=Variant.FP32):
     return write(replace(cooperllm.recipe("demo").config, data=data), directory / "package", variant)
 
 
-@pytest.fixture(scope="module", params=[label_words, last_layer_alone, ia3_with_head, default_model], ids=lambda make: make.__name__)
+@pytest.fixture(
+    scope="module", params=[label_words, next_tokens, last_layer_alone, ia3_with_head, default_model], ids=lambda make: make.__name__
+)
 def pair(request, tmp_path_factory):
     """The same device by each runtime, at a θ where every gradient is alive."""
     config, path = request.param(request.getfixturevalue("onnx_run"), tmp_path_factory.mktemp("pair"))
     material, package = Material(config), open_package(path)
     model, texts = material.model, material.task.private
-    examples = package.encode(texts.texts, texts.second_texts, texts.labels)
+    examples = package.encode(texts.texts, texts.second_texts, texts.labels, texts.completions)
     shard = range(3, 3 + 2 * len(CHOSEN))
     runtimes = {
         "torch": TorchForward(model, material.private, shard, None, 1.0),
@@ -128,7 +138,8 @@ def pair(request, tmp_path_factory):
     }
     theta = package.theta + 0.02 * np.sin(np.arange(len(package.theta), dtype=np.float32))
     fitter = MapFitter(model, material.public, num_examples=32, num_components=8, rank=8, bits=8, most_blocks=2)
-    maps = unpack_maps([fitter.fit(theta, 1, 1)], *runtimes["onnx"].map_shape) if fitter.has_texts else None
+    has_maps = fitter.has_texts and config.model.objective is not Objective.NEXT_TOKEN
+    maps = unpack_maps([fitter.fit(theta, 1, 1)], *runtimes["onnx"].map_shape) if has_maps else None
     return SimpleNamespace(material=material, package=package, examples=examples, runtimes=runtimes, theta=theta, maps=maps, **runtimes)
 
 
@@ -180,16 +191,21 @@ def test_a_runtime_keeps_the_seam_and_only_pytorch_back_propagates(pair, name):
 def test_both_read_texts_as_the_same_tokens(pair):
     assert [row.tolist() for row in pair.examples.token_ids] == [row.tolist() for row in pair.material.private.token_ids]
     long = "a long and winding sentence about nothing " * 99
-    found = pair.package.encode([long], ["another one"], [1]).token_ids[0]
-    assert found.tolist() == pair.material.model.encode([long], ["another one"], [1]).token_ids[0].tolist()
-    assert len(found) <= pair.package.manifest.max_tokens
+    for said in ("one word", long, None):  # for next tokens
+        given = ([long], ["another one"], [1], None if said is None else [said])
+        found = pair.package.encode(*given).token_ids[0]
+        assert found.tolist() == pair.material.model.encode(*given).token_ids[0].tolist()
+        assert len(found) <= pair.package.manifest.max_tokens
 
 
 def test_texts_that_find_no_room_are_cut_and_counted(pair):
     long = "a long and winding sentence about nothing " * 99
     assert pair.package.encode([long, "short", long], None, [0, 1, 0]).num_cut == 2
-    assert pair.package.encode(["short", "short"], ["short", long], [0, 1]).num_cut == 1
     assert pair.package.encode(["short"], None, [0]).num_cut == 0
+    if pair.package.manifest.frame is None:
+        assert pair.package.encode(["short", "short"], ["short", long], [0, 1]).num_cut == 1
+    else:
+        assert pair.package.encode(["short", "short"], None, [], ["short", long]).num_cut == 1
 
 
 def test_losses_agree(pair):
@@ -237,11 +253,13 @@ def test_forward_mode_multiplies_with_each_frozen_matrix_once(pair):
 
 
 def test_an_estimate_differentiates_each_layer_once(pair):
-    """The first pass goes back through the last layer alone, the second runs every layer below once more and back."""
+    """The first pass goes back through scores and the last layer alone, the second runs every layer below once more and back."""
     below, forward = len(pair.package.manifest.layers), products(pair.package, LOSSES)
-    assert forward < products(pair.package, OBSERVE) <= forward + forward / (below + 1)
+    for_scores = 0 if pair.package.manifest.frame is None else 1  # the rows of label words are a matrix too small to be counted
+    layers = forward - for_scores
+    assert forward < products(pair.package, OBSERVE) <= forward + layers / (below + 1) + for_scores
     if below:
-        assert products(pair.package, PULL_BACK) <= 2 * forward * below / (below + 1)
+        assert products(pair.package, PULL_BACK) <= 2 * layers * below / (below + 1)
 
 
 def test_a_memory_budget_decides_how_many_directions_share_a_pass(pair):
@@ -290,10 +308,12 @@ def test_one_point_and_several_in_a_pass_agree(pair, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_has_the_mean_of_its_examples_losses(pair, name):
+def test_a_batch_has_the_mean_of_its_targets_losses(pair, name):
+    """Of one class for each example, or of all tokens to be said."""
     runtime = pair.runtimes[name]
     alone = [runtime.evaluate([index])[0](pair.theta[None])[0] for index in CHOSEN]
-    assert runtime.evaluate(CHOSEN)[0](pair.theta[None])[0] == pytest.approx(np.mean(alone), abs=1e-5)
+    counts = [pair.examples.num_targets([3 + index]) for index in CHOSEN]
+    assert runtime.evaluate(CHOSEN)[0](pair.theta[None])[0] == pytest.approx(np.average(alone, weights=counts), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -338,8 +358,10 @@ def test_a_memory_budget_cuts_an_estimate_in_parts_and_changes_nothing(pair, nam
 def test_what_does_not_fit_the_package_is_refused_in_a_sentence(pair):
     with pytest.raises(ConfigError, match=r"theta: found 3 parameters, the package .* has \d+"):
         pair.onnx.evaluate(CHOSEN)[0](np.zeros((1, 3), np.float32))
-    with pytest.raises(ConfigError, match="labels: found 1 of"):
-        pair.package.encode(["a text"], None, [2])
+    wrong = ("labels: found 1 of", [2], None) if pair.package.manifest.frame is None else ("text 0: found ''", [], [""])
+    if pair.package.manifest.frame is None or not pair.package.manifest.frame.end:
+        with pytest.raises(ConfigError, match=wrong[0]):
+            pair.package.encode(["a text"], None, *wrong[1:])
     with pytest.raises(ConfigError, match="shard: found no examples"):
         OnnxForward(pair.package, pair.examples, [], None)
 

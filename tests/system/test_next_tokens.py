@@ -1,0 +1,248 @@
+"""Causal models that learn what to say: Hugging Face's own loss as the judge, chat templates, data that will not do, whole runs.
+
+Run: pytest tests/system/test_next_tokens.py
+"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from typer.testing import CliRunner
+
+import cooperllm
+from cooperllm import models
+from cooperllm.algorithm import replay
+from cooperllm.assembly import assemble
+from cooperllm.cli import app
+from cooperllm.cloud import GuideMaker
+from cooperllm.config import AdapterKind, ArmName, EngineName, ModelConfig, Objective, Partition, from_plain, to_plain
+from cooperllm.device.torch_forward import TorchForward
+from cooperllm.errors import ConfigError
+from cooperllm.prompts import frame_of
+from cooperllm.run_directory import RunDirectory
+
+TEXTS = ("Who wrote it?", "What do clouds do when they meet?", "Name two.")
+SAID = ("Nobody knows.", "Rain.", "This and that, and a third one.")
+TINY = ModelConfig(
+    name="tiny-llama",
+    objective=Objective.NEXT_TOKEN,
+    prompt="Q: {text} A:",
+    target_modules=("q_proj", "v_proj"),
+    last_layers=1,
+    max_tokens=80,
+)
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def moved(model):
+    theta = torch.from_numpy(model.initial_parameters(3))
+    return theta + 0.02 * torch.sin(torch.arange(len(theta)))
+
+
+def loss_of(model, theta, examples, indices=range(3)):
+    batch = model.batch(examples, indices)
+    return torch.nn.functional.cross_entropy(model.scores(theta, batch), batch.labels)
+
+
+def tiny(arm=ArmName.FEEDBACK, **changes):
+    config = cooperllm.recipe("tiny").with_arm(arm)
+    source = replace(config.data.private, completion_column="domain")
+    return replace(
+        config,
+        engine=EngineName.LOOPBACK,
+        model=replace(config.model, objective=Objective.NEXT_TOKEN, prompt="{text} This is about", label_words=()),
+        data=replace(config.data, public=source, private=source),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("caches_prefix", [True, False])
+def test_the_loss_is_the_one_that_transformers_computes_with_the_prompt_masked(tmp_path, caches_prefix):
+    """Through plain PEFT, labels -100 wherever nothing is to be learned."""
+    model = models.load(replace(TINY, caches_prefix=caches_prefix), 0)
+    theta, examples = moved(model), model.encode(TEXTS, None, [], SAID)
+    model.save_adapter(theta.numpy(), tmp_path, ())
+    plain = PeftModel.from_pretrained(models.tiny_llama(causal=True)[0], str(tmp_path)).eval()
+    width = max(map(len, examples.token_ids))
+    ids, labels = torch.zeros(3, width, dtype=torch.int64), torch.full((3, width), -100)
+    mask = torch.zeros(3, width, dtype=torch.int64)
+    for number, (row, start) in enumerate(zip(examples.token_ids, examples.starts, strict=True)):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.from_numpy(row), 1
+        labels[number, start : len(row)] = torch.from_numpy(row[start:])
+    with torch.inference_mode():
+        expected = plain(input_ids=ids, attention_mask=mask, labels=labels).loss
+        torch.testing.assert_close(loss_of(model, theta, examples), expected, rtol=0, atol=1e-5)
+    assert not (tmp_path / "labels.json").exists()
+
+
+def test_what_is_said_ends_with_the_end_of_text_and_begins_behind_the_prompt():
+    model = models.load(TINY, 0)
+    examples = model.encode(TEXTS, None, [], SAID)
+    read = [model._tokenizer.decode(row[start:]) for row, start in zip(examples.token_ids, examples.starts, strict=True)]
+    assert read == [f"{said}</s>" for said in SAID]
+    assert model._tokenizer.decode(examples.token_ids[0][: examples.starts[0]]) == "Q: Who wrote it? A:"
+
+
+@pytest.mark.parametrize("adapter", [AdapterKind.LORA, AdapterKind.IA3, AdapterKind.FULL])
+def test_a_devices_gradient_is_that_of_back_propagation(adapter):
+    """Completions of unlike lengths, in parts and whole: every token counts the same."""
+    targets = {AdapterKind.LORA: ("q_proj", "v_proj"), AdapterKind.IA3: ("k_proj", "v_proj"), AdapterKind.FULL: ()}[adapter]
+    model = models.load(replace(TINY, adapter=adapter, target_modules=targets, last_layers=None), 0)
+    theta, examples = moved(model), model.encode(TEXTS, None, [], SAID)
+    point = theta.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss_of(model, point, examples), point)
+    device = TorchForward(model, examples, range(3), None, 1.0)
+    np.testing.assert_allclose(theta.numpy() - device.train(theta.numpy(), [range(3)], 1.0)[0], expected, atol=1e-6)
+    if adapter is AdapterKind.FULL:
+        return
+    for budget in (None, 1e-9):  # all texts at once; one by one
+        found, loss = TorchForward(model, examples, range(3), budget, 1.0).estimate(theta.numpy(), range(3), None)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert loss == pytest.approx(float(loss_of(model, theta, examples)), abs=1e-5)
+
+
+def test_the_clouds_gradient_is_that_of_its_completions_and_its_basis_draws_a_token_for_each():
+    model = models.load(TINY, 0)
+    theta, examples = moved(model), model.encode(TEXTS, None, [], SAID)
+    maker = GuideMaker(model, examples, 3, 1)
+    point = theta.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss_of(model, point, examples), point)
+    found, _ = maker.gradient(theta.numpy(), 7)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    basis = maker.basis(theta.numpy(), 7, 3)
+    assert basis.shape == (3, len(theta))
+    np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-4)
+    assert maker.has_every_class
+
+
+@pytest.mark.parametrize("arm", [ArmName.FEEDBACK, ArmName.MEASURED, ArmName.MEZO_FL, ArmName.FEDAVG_BP, ArmName.CLOUD_ONLY])
+def test_a_run_learns_replays_and_is_judged_by_its_loss(tmp_path, arm):
+    run = cooperllm.run(tiny(arm, num_rounds=6), tmp_path / "run")
+    files = RunDirectory(run.path)
+    replica = assemble(files).start
+    for update in files.updates():
+        replica = replay.apply(replica, update, files.config().optimizer)
+    assert replica.state_hash == files.updates()[-1].theta_hash
+    entry = run.summary["arms"][arm.value]
+    (_, first), *_, (_, last) = entry["loss_by_round"]
+    assert last < first
+    assert (entry["judged_by"], entry["final_loss"]) == ("loss", last)
+    page = (run.path / "report.html").read_text()
+    assert "less loss after fewer rounds" in page
+    assert f"ends at a loss of {last:.3f}" in page
+
+
+def test_texts_alone_are_learned_without_a_prompt(tmp_path):
+    """Language modelling on whatever devices hold."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"body": f"the {number} sheep are counted"}) + "\n" for number in range(40)))
+    options = f"--private {file} --public {file} --text-column body --partition iid --rounds 2 --out {tmp_path / 'run'}"
+    settings = "--set model.objective=next-token --set model.label_words=[] --set data.private.label_column=null"
+    result = CliRunner().invoke(app, ["run", "tiny", *options.split(), *settings.split(), "--set", "data.public.label_column=null"])
+    assert result.exit_code == 0, result.output
+    assert "final" in result.output
+
+
+def test_a_completion_column_says_it_all_on_the_command_line(tmp_path):
+    arguments = ["run", "tiny", "--completion-column", "domain", "--prompt", "{text} is of", "--partition", "iid", "--rounds", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    config = RunDirectory(tmp_path / "run").config()
+    assert (config.model.objective, config.model.prompt, config.data.private.label_column) == (Objective.NEXT_TOKEN, "{text} is of", None)
+
+
+# Chat templates.
+
+
+def with_template(template):
+    _, tokenizer = models.tiny_llama(causal=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_chat_template_is_what_stands_around_text_and_completion():
+    """The same tokens as the template gives for the whole conversation."""
+    tokenizer = with_template(TEMPLATE)
+    frame = frame_of(replace(TINY, prompt="{text}", uses_chat_template=True), tokenizer)
+
+    def tokens(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    conversation = [{"role": "user", "content": "Who? {you}"}, {"role": "assistant", "content": "Me."}]
+    whole = tokens(tokenizer.apply_chat_template(conversation, tokenize=False))
+    prompt, is_cut = frame.prompt_ids(tokens, tokenizer.decode, "Who? {you}", "", 99)
+    assert [*prompt, *tokens("Me."), *frame.end] == whole
+    assert not is_cut
+    assert tokenizer.decode(frame.end) == "</s>"
+
+
+def test_braces_of_a_chat_template_are_no_fields():
+    frame = frame_of(replace(TINY, prompt="{text}", uses_chat_template=True), with_template("{{ '{x}' }}" + TEMPLATE))
+    assert frame.prompt.format(text="hi", text2="") == "{x}<user>hi</s><assistant>"
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (None, "no chat template in the tokeniser of 'tiny-llama'; give --prompt instead"),
+        ("{% for message in messages %}{{ message['content'][::-1] }}{% endfor %}", "does more than put text and completion in place"),
+        (TEMPLATE.replace("<assistant>", "<other>"), "does more than put text and completion in place"),
+    ],
+)
+def test_a_chat_template_that_is_missing_or_does_more_is_refused(template, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        frame_of(replace(TINY, prompt="{text}", uses_chat_template=True), with_template(template))
+
+
+# What will not do.
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        (("model", "prompt"), "no text", "model.prompt: found 'no text'"),
+        (("model", "objective"), "head", "data.public.completion_column: found 'domain', expected none for the objective head"),
+        (("arm", "map_examples"), 64, "arm.map_examples: found 64, expected 0 for the objective next-token"),
+    ],
+)
+def test_settings_that_do_not_go_with_next_tokens_are_refused(path, value, sentence):
+    plain = to_plain(tiny())
+    plain[path[0]][path[1]] = value
+    with pytest.raises(ConfigError, match=sentence):
+        from_plain(plain, where="here")
+
+
+def test_a_chat_template_is_for_next_tokens():
+    with pytest.raises(ConfigError, match=r"model.uses_chat_template: found True, expected false for the objective head"):
+        ModelConfig(uses_chat_template=True)
+
+
+def test_empty_completions_are_refused_with_their_row(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"text": "a", "said": said} for said in ["yes", " ", "no", None] * 10]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = replace(tiny().data.private, name=str(file), label_column=None, completion_column="said")
+    config = replace(tiny(), data=replace(tiny().data, private=source, public=source))
+    with pytest.raises(ConfigError, match=r"completions in column 'said' are empty, first that in row \d+; fill them in"):
+        cooperllm.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dirichlet_partition_needs_labels(tmp_path):
+    source = replace(tiny().data.private, label_column=None)
+    config = replace(tiny(), data=replace(tiny().data, private=source, public=source))
+    with pytest.raises(ConfigError, match="found dirichlet and texts without labels, expected iid or column"):
+        cooperllm.run(config, tmp_path / "run")
+    config = replace(config, federation=replace(config.federation, partition=Partition.IID), num_rounds=1)
+    assert cooperllm.run(config, tmp_path / "run").summary["num_rounds"] == 1
+
+
+def test_an_encoder_has_no_next_tokens():
+    with pytest.raises(ConfigError, match=r"'minilm' .* expected a causal language model"):
+        models.load(ModelConfig(objective=Objective.NEXT_TOKEN, prompt="{text}"), 0)
