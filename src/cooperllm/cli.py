@@ -202,11 +202,40 @@ def export_command(
     run: Annotated[Path, typer.Argument(help="A run directory or a comparison.")],
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
     arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a comparison.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option("--push-to-hub", help="Upload it, too, into this private repository.")] = None,
 ) -> None:
-    """Write the adapter as a directory that plain PEFT loads."""
-    from cooperllm import comparison  # noqa: PLC0415 -- of the extra `cloud`
+    """Write the adapter and its model card as a directory that plain PEFT loads."""
+    from cooperllm import comparison, models  # noqa: PLC0415 -- of the extra `cloud`
 
-    console.print(f"adapter written to {comparison.export(run, target, arm)}")
+    models.hush()
+    console.print(f"adapter written to {comparison.export(run, target, arm)}", highlight=False, soft_wrap=True)
+    if push_to_hub is not None:
+        console.print(f"pushed to {comparison.push(target, push_to_hub)}", highlight=False, soft_wrap=True)
+
+
+@app.command("chat")
+def chat_command(
+    run: Annotated[Path, typer.Argument(help="A run directory or a comparison.")],
+    text: Annotated[str | None, typer.Argument(help="What to answer; without it, line after line is asked for.")] = None,
+    arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a comparison.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 128,
+) -> None:
+    """Try a trained model: what it says after a text, or the classes it finds in it."""
+    from cooperllm import comparison, models  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.listening import Listener  # noqa: PLC0415 -- of the extra `cloud`
+
+    models.hush()
+    listener = Listener.of(comparison.run_of(run, arm))
+    while True:
+        try:
+            asked = text if text is not None else console.input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if asked.strip() or text is not None:
+            listener.answer(asked, lambda words: console.print(words, end="", markup=False, highlight=False), max_new_tokens=max_new_tokens)
+            console.print()
+        if text is not None:
+            return
 
 
 @app.command("package")

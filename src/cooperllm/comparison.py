@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
+from huggingface_hub import HfApi
 
 from cooperllm import results, session, workers
 from cooperllm.assembly import Material
@@ -121,9 +123,51 @@ def export(directory: Path | str, target: Path | str, arm: str | None = None) ->
     Raises:
         RunDirectoryError: If there is no such run.
     """
+    return session.export(run_of(directory, arm), target)
+
+
+def push(adapter: Path, repository: str) -> str:
+    """Uploads an exported adapter to a model hub, into a private repository that is made where it is missing.
+
+    Args:
+        adapter: Written by `export`.
+        repository: NAME or OWNER/NAME on the hub.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ConfigError: If the hub is out of reach, or does not let this user in.
+    """
+    hub = HfApi()
+    try:
+        name = hub.create_repo(repository, private=True, exist_ok=True).repo_id
+        hub.upload_folder(repo_id=name, folder_path=adapter, commit_message="CooperLLM: export")
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        sentence = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--push-to-hub: {repository!r} could not be written ({sentence}); {adapter} has the adapter; log in with `hf auth login`, and "
+            "see that the hub is in reach"
+        ) from error
+    return f"{hub.endpoint}/{name}"
+
+
+def run_of(directory: Path | str, arm: str | None = None) -> Path:
+    """Finds the run that speaks for a comparison.
+
+    Args:
+        directory: A run, which is its own, or a comparison.
+        arm: Which arm of a comparison, with its best learning rate and the first seed; the default arm where it took part.
+
+    Returns:
+        Directory of a run.
+
+    Raises:
+        RunDirectoryError: If there is no such arm, or its rate is not known yet.
+    """
     path, study = Path(directory), study_of(Path(directory))
     if study is None:
-        return session.export(path, target)
+        return path
     names = [config.arm.name.value for config in study.configs]
     chosen = arm or ("feedback" if "feedback" in names else names[0])
     if chosen not in names:
@@ -131,7 +175,7 @@ def export(directory: Path | str, target: Path | str, arm: str | None = None) ->
     rate = study.tuning(ArmName(chosen), scores(path, study)).best
     if rate is None:
         raise RunDirectoryError(f"{path}: the learning rate of {chosen} has not been found yet; continue with `cooperllm resume {path}`")
-    return session.export(path / study.directory(Job(ArmName(chosen), rate, study.seeds[0])), target)
+    return path / study.directory(Job(ArmName(chosen), rate, study.seeds[0]))
 
 
 def study_of(path: Path) -> Study | None:

@@ -12,8 +12,8 @@ parameters.
 import json
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -28,6 +28,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from cooperllm.activation_checkpointing import checkpointed
 from cooperllm.adapted_layers import AdaptedLayers
@@ -43,6 +44,8 @@ from cooperllm.widths import Widths
 
 PACKAGED = "minilm"
 TINY = "tiny-llama"
+CONTEXT = 1024
+"""Tokens that a model which says nothing of its context is given at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,13 +305,8 @@ class Model:
         directory.mkdir(parents=True, exist_ok=True)
         views = self.layout.views(torch.from_numpy(theta.copy()))
         backbone: Any = self.network.get_submodule("backbone")
-        loaded = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
-        self.network.load_state_dict(views, strict=False)
-        try:
-            with original_layers(self.prefix):
-                backbone.save_pretrained(directory)
-        finally:
-            self.network.load_state_dict(loaded, strict=False)  # the next arm's θ_0 is read from them
+        with self._at(views):
+            backbone.save_pretrained(directory)
         head = {name.removeprefix("classifier."): view.clone() for name, view in views.items() if name.startswith("classifier.")}
         if head:
             save_file(head, directory / "classifier.safetensors")
@@ -317,6 +315,45 @@ class Model:
         self._tokenizer.save_pretrained(directory)
         if label_names and self.config.objective is not Objective.NEXT_TOKEN:
             (directory / "labels.json").write_text(json.dumps(list(label_names)) + "\n", encoding="utf8")
+
+    def say(
+        self, theta: Float32[np.ndarray, "n"], text: str, text2: str, tell: Callable[[str], None], *, max_new_tokens: int = 128
+    ) -> None:
+        """Lets a model of next tokens complete a prompt, always with the likeliest token, so that it says the same every time.
+
+        A prompt that finds no room in the model's context has half of it, or what the answer leaves.
+
+        Args:
+            theta: Parameters.
+            text: Fills {text} of the prompt.
+            text2: Fills {text2}.
+            tell: Called with words as they come.
+            max_new_tokens: Tokens at most, >= 1.
+        """
+        backbone: Any = self.network.get_submodule("backbone")
+        longest = getattr(backbone.config, "max_position_embeddings", None) or CONTEXT
+        ids, _ = self.frame.prompt_ids(self._tokens, self._tokenizer.decode, text, text2, max(longest // 2, longest - max_new_tokens))
+        with self._at(self.layout.views(torch.from_numpy(theta.copy()))), torch.inference_mode():
+            backbone.generate(
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                streamer=_Telling(self._tokenizer, tell),
+                max_new_tokens=min(max_new_tokens, longest - len(ids)),
+                do_sample=False,
+                eos_token_id=self.frame.end[0] if self.frame.end else None,
+                pad_token_id=self.pad_id,
+            )
+
+    @contextmanager
+    def _at(self, views: Mapping[str, Tensor]) -> Generator[None]:
+        """Within it, the network looks as it was loaded, and holds these trained tensors."""
+        loaded = {name: tensor.detach().clone() for name, tensor in self._trained.items()}
+        self.network.load_state_dict(views, strict=False)
+        try:
+            with original_layers(self.prefix):
+                yield
+        finally:
+            self.network.load_state_dict(loaded, strict=False)  # the next arm's θ_0 is read from them
 
     def _call(self, theta: Tensor, batch: Batch) -> Tensor:
         with torch.enable_grad():  # so that a module may open a graph in the middle of a pass without one
@@ -343,6 +380,19 @@ class Model:
         cut = [self._tokenizer.decode(part) for part in parts]
         ids: list[int] = self._tokenizer(self.config.prompt.format(text=cut[0], text2=cut[1]))["input_ids"]
         return ids
+
+
+class _Telling(transformers.TextStreamer):
+    """Hands words over as soon as they are whole."""
+
+    def __init__(self, tokenizer: Any, tell: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._tell = tell
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002 -- the library's signature
+        """Called by the library with every whole word."""
+        if text:
+            self._tell(text)
 
 
 def load(config: ModelConfig, num_classes: int) -> Model:
@@ -448,7 +498,8 @@ def _adapted(backbone: Any, config: ModelConfig) -> nn.Module:
         return backbone
     is_lora = config.adapter is AdapterKind.LORA
     usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING if is_lora else TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    targets = config.target_modules or tuple(usual.get(backbone.config.model_type, ()))
+    linear = _linear_layers(backbone)
+    targets = config.target_modules or tuple(usual.get(backbone.config.model_type, linear))
     depth = int(backbone.config.num_hidden_layers)
     layers = range(depth - min(config.last_layers or depth, depth), depth)
     # PEFT's own `layers_to_transform` overlooks stacks at the top level of a model; a regular expression over names does not.
@@ -462,8 +513,13 @@ def _adapted(backbone: Any, config: ModelConfig) -> nn.Module:
             warnings.simplefilter("ignore")  # PEFT warns of adapters for tied or fan-in layers, which change nothing here
             return get_peft_model(backbone, peft_config)
     except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)})
         raise ConfigError(
             f"model.target_modules: found {list(config.target_modules)}, expected names of linear layers of {config.name!r}, "
-            f"which has {linear}"
+            f"which has {list(linear)}"
         ) from error
+
+
+def _linear_layers(backbone: nn.Module) -> tuple[str, ...]:
+    """Names of what an adapter may stand beside in a Transformer layer: where PEFT has no choice of its own for an architecture, all."""
+    places = [name.split(".") for name, module in backbone.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return tuple(sorted({parts[-1] for parts in places if any(part.isdigit() for part in parts[:-1])}))

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from jaxtyping import Float32
 
 from cooperllm import report
 from cooperllm.algorithm import replay
@@ -29,6 +30,7 @@ from cooperllm.link.base import Link
 from cooperllm.link.codec import encode
 from cooperllm.link.loopback import Loopback
 from cooperllm.messages import FORMAT_VERSION, Update
+from cooperllm.model_card import model_card
 from cooperllm.models import Examples, Model
 from cooperllm.round import Begun, RoundResult, begin_round, end_round
 from cooperllm.run_directory import Checkpoint, RunDirectory, config_hash
@@ -111,10 +113,26 @@ def export(directory: Path | str, target: Path | str) -> Path:
     Raises:
         RunDirectoryError: If there is no such run.
     """
+    assembly, theta = trained(directory)
+    _save(assembly, theta, Path(target))
+    return Path(target)
+
+
+def trained(directory: Path | str) -> tuple[Assembly, Float32[np.ndarray, "n"]]:
+    """Finds what a run has come to.
+
+    Args:
+        directory: A run, finished or not.
+
+    Returns:
+        (its rooms; θ at the end of its log, shape [n]).
+
+    Raises:
+        RunDirectoryError: If there is no such run.
+    """
     files = RunDirectory(Path(directory))
     assembly = assemble(files)
-    _save(assembly, _restored(files, assembly, files.updates(), []), Path(target))
-    return Path(target)
+    return assembly, _restored(files, assembly, files.updates(), []).replica.theta
 
 
 def deployed(directory: Path | str, tiers: Tiers, observe: Observer | None = None, *, wait_s: float = 5.0) -> Run:
@@ -335,7 +353,7 @@ def _finished(files: RunDirectory, assembly: Assembly, *, draws: bool) -> Run:
     config = assembly.config
     updates, rounds = files.updates(), files.rounds()
     cloud = _restored(files, assembly, updates, [])
-    _save(assembly, cloud, files.path / "adapter")
+    _save(assembly, cloud.replica.theta, files.path / "adapter")
     name = config.arm.name.value
     summary = {
         "recipe": config.recipe,
@@ -355,8 +373,11 @@ def _finished(files: RunDirectory, assembly: Assembly, *, draws: bool) -> Run:
     return reported(files.path, summary, draws=draws)
 
 
-def _save(assembly: Assembly, cloud: Cloud, target: Path) -> None:
-    assembly.material.model.save_adapter(cloud.replica.theta, target, assembly.material.task.label_names)
+def _save(assembly: Assembly, theta: Float32[np.ndarray, "n"], target: Path) -> None:
+    names = assembly.material.task.label_names
+    assembly.material.model.save_adapter(theta, target, names)
+    card = model_card(assembly.config, assembly.directory.rounds(), names, version("cooperllm"))
+    (target / "README.md").write_text(card, encoding="utf8")  # in place of the form that PEFT leaves to be filled in
 
 
 def reported(path: Path, summary: dict[str, Any], *, draws: bool = True) -> Run:

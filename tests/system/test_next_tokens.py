@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from typer.testing import CliRunner
 
@@ -198,6 +199,73 @@ def test_braces_of_a_chat_template_are_no_fields():
 def test_a_chat_template_that_is_missing_or_does_more_is_refused(template, sentence):
     with pytest.raises(ConfigError, match=sentence):
         frame_of(replace(TINY, prompt="{text}", uses_chat_template=True), with_template(template))
+
+
+# What a trained model says.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Trained for long enough to know that "hotels" follows: one text, one answer."""
+    directory = tmp_path_factory.mktemp("finished")
+    file = directory / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"text": f"text {number}", "said": "ok"}) + "\n" for number in range(40)))
+    source = replace(tiny().data.private, name=str(file), label_column=None, completion_column="said")
+    config = tiny(num_rounds=40, evaluate_every=20, checkpoint_every=20)
+    federation = replace(config.federation, partition=Partition.IID)
+    config = replace(config, data=replace(config.data, public=source, private=source), federation=federation)
+    return cooperllm.run(replace(config, arm=replace(config.arm, learning_rate=0.05)), directory / "run")
+
+
+def test_a_trained_model_says_what_plain_peft_says_with_its_adapter(finished):
+    """Greedy, the end of text included: what `transformers` generates from the export."""
+    result = CliRunner().invoke(app, ["chat", str(finished.path), "text 3"])
+    assert result.exit_code == 0, result.output
+    base, tokenizer = models.tiny_llama(causal=True)
+    plain = PeftModel.from_pretrained(base, str(finished.path / "adapter")).eval()
+    ids = torch.tensor([tokenizer("text 3 This is about", add_special_tokens=False)["input_ids"]])
+    with torch.inference_mode():
+        expected = plain.generate(input_ids=ids, max_new_tokens=128, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    assert result.output.rstrip("\n") == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    assert "ok" in result.output
+
+
+def test_chat_asks_for_line_after_line_until_there_is_no_more(finished):
+    result = CliRunner().invoke(app, ["chat", str(finished.path), "--max-new-tokens", "3"], input="text 1\n\ntext 2\n")
+    assert result.exit_code == 0, result.output
+    assert result.output.count(">") == 4
+
+
+def test_a_model_of_classes_names_them_likeliest_first(tmp_path):
+    run = cooperllm.run(replace(cooperllm.recipe("tiny").config, engine=EngineName.LOOPBACK, num_rounds=1), tmp_path / "run")
+    result = CliRunner().invoke(app, ["chat", str(run.path), "A stirring film."])
+    found = [float(part.split()[-1].rstrip("%")) for part in result.output.strip().split(", ")]
+    assert {part.split()[0] for part in result.output.strip().split(", ")} == {"negative", "positive"}
+    assert found == sorted(found, reverse=True)
+    assert sum(found) == pytest.approx(100, abs=0.11)  # each rounded to a tenth
+
+
+def test_nothing_to_answer_is_refused(finished):
+    result = CliRunner().invoke(app, ["chat", str(finished.path), " "])
+    assert "text: found nothing" in str(result.exception)
+
+
+def test_an_export_has_a_card_that_the_hub_reads_and_that_tells_the_runs_own_figures(finished, tmp_path):
+    finished.export(tmp_path / "adapter")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    entry = finished.summary["arms"]["feedback"]
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.base_model) == ("peft", "text-generation", "tiny-llama")
+    assert f"| loss on held-out texts | {entry['final_loss']:.3f} |" in card.text
+    assert "| rounds | 40 of 40, 3 devices each |" in card.text
+    assert "The gradient of the adapter over a batch, rounded" in card.text
+    assert "{{" not in card.text
+
+
+def test_a_hub_out_of_reach_is_said_and_the_adapter_is_there(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    result = CliRunner().invoke(app, ["export", str(finished.path), str(tmp_path / "adapter"), "--push-to-hub", "me/mine"])
+    assert "'me/mine' could not be written" in str(result.exception)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 # What will not do.

@@ -175,7 +175,7 @@ def _spread(values: Summary, judged: str) -> str:
     if values["median"] is None or len(values["by_seed"]) == 1:
         return median
     if judged == "loss":
-        return f"{median}\n{values['min']:.3f}–{values['max']:.3f}"
+        return f"{median}\n{values['min']:.2f}–{values['max']:.2f}"
     return f"{median}\n{100 * values['min']:.1f}–{100 * values['max']:.1f}"
 
 

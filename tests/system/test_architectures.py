@@ -1,0 +1,128 @@
+"""Any architecture: tiny models of random weights, each trained for a round, replayed, exported, and loaded by plain PEFT.
+
+Run: pytest tests/system/test_architectures.py
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+import cooperllm
+from cooperllm import models
+from cooperllm.algorithm import noise, replay
+from cooperllm.assembly import Material, assemble
+from cooperllm.config import ArmName, EngineName, ModelConfig, Objective
+from cooperllm.errors import ConfigError
+from cooperllm.run_directory import RunDirectory
+
+SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 128}
+CAUSAL = {
+    "llama, grouped queries": (transformers.LlamaConfig, GROUPED),
+    "mistral, sliding window": (transformers.MistralConfig, GROUPED | {"sliding_window": 8, "head_dim": 8}),
+    "qwen2, tied": (transformers.Qwen2Config, GROUPED | {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, GROUPED | {"head_dim": 8}),
+    "gemma": (transformers.GemmaConfig, GROUPED | {"head_dim": 8}),
+    "gemma2, sliding and full layers": (transformers.Gemma2Config, GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    "phi": (transformers.PhiConfig, SIZES | {"max_position_embeddings": 128}),
+    "phi3": (transformers.Phi3Config, GROUPED | {"pad_token_id": 0}),
+    "gpt2": (transformers.GPT2Config, {"vocab_size": 260, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "gpt-neox": (transformers.GPTNeoXConfig, SIZES | {"max_position_embeddings": 128}),
+    "opt": (transformers.OPTConfig, {
+        "vocab_size": 260, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "word_embed_proj_dim": 32, "max_position_embeddings": 128,
+    }),
+    "bloom": (transformers.BloomConfig, {"vocab_size": 260, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "olmo2": (transformers.Olmo2Config, GROUPED),
+}  # fmt: skip
+ENCODERS = {
+    "bert": (transformers.BertConfig, SIZES),
+    "roberta": (transformers.RobertaConfig, SIZES | {"max_position_embeddings": 130}),
+    "distilbert": (transformers.DistilBertConfig, {"vocab_size": 260, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}),
+    "electra": (transformers.ElectraConfig, SIZES | {"embedding_size": 32}),
+    "deberta-v2": (transformers.DebertaV2Config, SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "modernbert": (transformers.ModernBertConfig, SIZES | {"pad_token_id": 0, "global_attn_every_n_layers": 2, "local_attention": 8}),
+}
+
+
+@pytest.fixture
+def saved(request, tmp_path):
+    """A directory with a model of random weights and a tokeniser of bytes, as somebody else's library would write it."""
+    name = request.param
+    kind, sizes = (CAUSAL | ENCODERS)[name]
+    factory = transformers.AutoModelForCausalLM if name in CAUSAL else transformers.AutoModel
+    model = factory.from_config(kind(**sizes))
+    with torch.no_grad():
+        for index, tensor in enumerate(model.parameters()):
+            if tensor.dim() > 1:
+                tensor.copy_(torch.from_numpy(noise.gaussian(0, index, tensor.numel())).view(tensor.shape) * 0.1)
+    model.save_pretrained(tmp_path / "model")
+    models.tiny_llama(causal=False)[1].save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def config_for(directory, *, causal, arm=ArmName.FEEDBACK):
+    config = cooperllm.recipe("tiny").with_arm(arm)
+    model = ModelConfig(name=directory, target_modules=(), last_layers=None, max_tokens=48)
+    source = replace(config.data.private, max_examples=48)
+    if causal:
+        source = replace(source, completion_column="domain")
+        model = replace(model, objective=Objective.NEXT_TOKEN, prompt="{text} is of")
+    data = replace(config.data, public=source, private=source, num_test=4, num_validation=4)
+    return replace(config, engine=EngineName.LOOPBACK, model=model, num_rounds=1, data=data)
+
+
+def replayed(path):
+    files = RunDirectory(path)
+    replica = assemble(files).start
+    for update in files.updates():
+        replica = replay.apply(replica, update, files.config().optimizer)
+    return replica.theta
+
+
+@pytest.mark.parametrize(("saved", "arm"), [*((name, ArmName.FEEDBACK) for name in CAUSAL), ("gpt2", ArmName.MEASURED)], indirect=["saved"])
+def test_a_causal_model_trains_replays_and_is_loaded_by_plain_peft_with_the_same_logits(saved, arm, tmp_path):
+    """PEFT's own choice of layers, or all of them where it has none; a round of gradients, and a guided one."""
+    config = config_for(saved, causal=True, arm=arm)
+    run = cooperllm.run(config, tmp_path / "run")
+    theta = torch.from_numpy(replayed(run.path).copy())
+    model = Material(config).model
+    assert not torch.equal(theta, torch.from_numpy(model.initial_parameters(noise.derive(config.seed, 2 << 32))))
+    run.export(tmp_path / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    examples = model.encode(["one text", "another text, a longer one"], None, [], ["films", "books and more"])
+    batch = model.batch(examples, range(2))
+    with torch.inference_mode():
+        logits = plain(input_ids=batch.token_ids, attention_mask=batch.mask).logits.flatten(0, 1)[batch.places]
+        torch.testing.assert_close(model.scores(theta, batch), logits.float(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("saved", ENCODERS, indirect=True)
+def test_an_encoder_trains_replays_and_is_loaded_by_plain_peft_with_the_same_states(saved, tmp_path):
+    config = config_for(saved, causal=False)
+    config = replace(config, model=replace(config.model, objective=Objective.HEAD))
+    run = cooperllm.run(config, tmp_path / "run")
+    theta = torch.from_numpy(replayed(run.path).copy())
+    model = Material(config).model
+    run.export(tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(saved), str(tmp_path / "adapter")).eval()
+    batch = model.batch(model.encode(["one text", "another text, a longer one"], None, [0, 1]), range(2))
+    with torch.inference_mode():
+        states = plain(input_ids=batch.token_ids, attention_mask=batch.mask).last_hidden_state
+        means = (states * batch.mask[..., None]).sum(1) / batch.mask.sum(1)[:, None]
+        views = model.layout.views(theta)
+        expected = means @ views["classifier.weight"].T + views["classifier.bias"]
+        torch.testing.assert_close(model.scores(theta, batch), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("saved", ["gpt2"], indirect=True)
+def test_layers_that_match_nothing_are_refused_with_those_there_are(saved):
+    config = replace(config_for(saved, causal=True).model, target_modules=("q_proj",))
+    with pytest.raises(
+        ConfigError, match=r"model.target_modules: found \['q_proj'\], expected names of linear layers of .*\['c_attn', 'c_fc', 'c_proj'\]"
+    ):
+        models.load(config, 0)
