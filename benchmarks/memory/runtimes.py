@@ -171,11 +171,11 @@ def torch_step(setting: Setting, row: str, work: Path) -> tuple[Callable[[], obj
     """A baseline, or our work with PyTorch: (one step, how often, memory after imports)."""
     import torch  # noqa: PLC0415 -- rows of packages must not load it
 
-    from cooperllm import models  # noqa: PLC0415
+    from cooperllm import models, pretrained  # noqa: PLC0415
     from cooperllm.device.torch_forward import TorchForward  # noqa: PLC0415
 
     imported_mib = footprint().resident_mib
-    models.hush()
+    pretrained.hush()
     is_full = row == TORCH_ROWS[0]
     model = models.load(model_config(setting, work, AdapterKind.FULL if is_full else AdapterKind.LORA), 2)
     examples = model.encode(texts_of(setting), None, [number % 2 for number in range(setting.batch_size)])
@@ -252,10 +252,10 @@ def package_of(setting: Setting, variant: Variant, work: Path) -> Path:
 
 def write(setting: Setting, variant: Variant, work: Path) -> None:
     """Writes a package, in a process of its own that loads PyTorch, and the decoder where it is not there yet."""
-    from cooperllm import models  # noqa: PLC0415
+    from cooperllm import models, pretrained  # noqa: PLC0415
     from cooperllm.packaging import write_package  # noqa: PLC0415
 
-    models.hush()
+    pretrained.hush()
     model = models.load(model_config(setting, work), 2)
     path = package_of(setting, variant, work)
     write_package(model, model.initial_parameters(SEED), path, label_names=("bad", "good"), variant=variant, seed=SEED)

@@ -119,7 +119,7 @@ def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_class
         ConfigError: If the words or texts are not one per class, or cannot be told apart.
 
     Example:
-        >>> from cooperllm.models import tiny_llama
+        >>> from cooperllm.pretrained import tiny_llama
         >>> config = ModelConfig(objective=Objective.LABEL_WORDS, label_words=("bad", "good"))
         >>> backbone, tokenizer = tiny_llama(causal=True)
         >>> classifier_for(config, backbone, tokenizer, 2)(backbone)(torch.zeros(3, 4).long(), torch.ones(3, 4).long()).shape

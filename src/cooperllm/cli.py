@@ -205,9 +205,9 @@ def export_command(
     push_to_hub: Annotated[str | None, typer.Option("--push-to-hub", help="Upload it, too, into this private repository.")] = None,
 ) -> None:
     """Write the adapter and its model card as a directory that plain PEFT loads."""
-    from cooperllm import comparison, models  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm import comparison, pretrained  # noqa: PLC0415 -- of the extra `cloud`
 
-    models.hush()
+    pretrained.hush()
     console.print(f"adapter written to {comparison.export(run, target, arm)}", highlight=False, soft_wrap=True)
     if push_to_hub is not None:
         console.print(f"pushed to {comparison.push(target, push_to_hub)}", highlight=False, soft_wrap=True)
@@ -221,10 +221,10 @@ def chat_command(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 128,
 ) -> None:
     """Try a trained model: what it says after a text, or the classes it finds in it."""
-    from cooperllm import comparison, models  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm import comparison, pretrained  # noqa: PLC0415 -- of the extra `cloud`
     from cooperllm.listening import Listener  # noqa: PLC0415 -- of the extra `cloud`
 
-    models.hush()
+    pretrained.hush()
     listener = Listener.of(comparison.run_of(run, arm))
     while True:
         try:
@@ -261,9 +261,9 @@ def package_command(
     settings: Set = None,
 ) -> None:
     """Write what a device without PyTorch needs to take part: ONNX graphs, weights, tokeniser, manifest."""
-    from cooperllm import assembly, models  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm import assembly, pretrained  # noqa: PLC0415 -- of the extra `cloud`
 
-    models.hush()
+    pretrained.hush()
     options = {key: value for key, value in locals().items() if key not in {"target", "recipe", "variant", "data_directory"}}
     config = changed(recipes.recipe(recipe, data_directory).config, options)
     with console.status("tracing the model, writing its weights, comparing losses"):

@@ -282,11 +282,11 @@ def _chosen(recipe: str, data_directory: str, arm: ArmName, options: dict[str, A
 
 def _prepare(directory: Path, config: RunConfig, hosts: str, port: int, *, has_texts: bool) -> None:
     """Writes a deployment's directories; edges on one host with the cloud or each other have neighbouring ports."""
-    from cooperllm import models  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm import pretrained  # noqa: PLC0415 -- of the extra `cloud`
     from cooperllm.deployment.enrolment import Places  # noqa: PLC0415
     from cooperllm.deployment.together import prepare  # noqa: PLC0415
 
-    models.hush()
+    pretrained.hush()
     names = [name.strip() for name in hosts.split(",")] if hosts else ["127.0.0.1"] * (1 + config.federation.num_edges)
     if len(names) != 1 + config.federation.num_edges:
         raise ConfigError(f"--hosts: found {len(names)}, expected {1 + config.federation.num_edges}: the cloud's and one for each edge")
@@ -297,13 +297,13 @@ def _prepare(directory: Path, config: RunConfig, hosts: str, port: int, *, has_t
 
 
 def _cloud(settings: Path) -> None:
-    from cooperllm import models  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm import pretrained  # noqa: PLC0415 -- of the extra `cloud`
     from cooperllm.deployment.cloud_process import run_cloud_process  # noqa: PLC0415
     from cooperllm.deployment.process_file import running  # noqa: PLC0415
     from cooperllm.deployment.settings import CloudSettings, read_settings  # noqa: PLC0415
     from cooperllm.showing import show  # noqa: PLC0415
 
-    models.hush()
+    pretrained.hush()
     found = read_settings(settings, CloudSettings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to stop: as if by Ctrl-C
     with running(settings):

@@ -62,8 +62,8 @@ def model_card(config: RunConfig, rounds: Sequence[Mapping[str, Any]], label_nam
         Markdown that begins with metadata as the hub reads them.
 
     Example:
-        >>> print(model_card(RunConfig(), [], ("bad", "good"), "1").splitlines()[6])
-        # minilm-feedback-lora
+        >>> next(line for line in model_card(RunConfig(), [], ("bad", "good"), "1").splitlines() if line.startswith("# "))
+        '# minilm-feedback-lora'
     """
     model, entry = config.model, arm_summary(config, rounds) if rounds else {}
     is_next_token, is_full = model.objective is Objective.NEXT_TOKEN, model.adapter is AdapterKind.FULL

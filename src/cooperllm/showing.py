@@ -5,7 +5,7 @@ from collections.abc import Callable
 import rich.console
 import typer
 
-from cooperllm import models
+from cooperllm import pretrained
 from cooperllm.progress import Progress
 from cooperllm.report import arms_table, verdict
 from cooperllm.session import Run
@@ -22,7 +22,7 @@ def show(console: rich.console.Console, work: Callable[[Progress], Run], again: 
     Raises:
         typer.Exit: With status 130 after an interruption.
     """
-    models.hush()
+    pretrained.hush()
     with Progress(console) as progress:
         try:
             finished = work(progress)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from cooperllm import models, session
+from cooperllm import pretrained, session
 from cooperllm.assembly import Material
 from cooperllm.desk import DIVERGED, Desk
 from cooperllm.errors import ConfigError, CooperLLMError, DivergenceError, QuorumError
@@ -115,7 +115,7 @@ def main() -> None:
     """A worker: carries out what it is told until its standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the comparison decides
     warnings.filterwarnings("ignore", category=FutureWarning)
-    models.hush()
+    pretrained.hush()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a library that prints must not garble the answers
     paths: queue.SimpleQueue[Path] = queue.SimpleQueue()

@@ -11,7 +11,7 @@ import transformers
 from peft import PeftModel
 
 import cooperllm
-from cooperllm import models
+from cooperllm import models, pretrained
 from cooperllm.algorithm import noise, replay
 from cooperllm.assembly import Material, assemble
 from cooperllm.config import ArmName, EngineName, ModelConfig, Objective
@@ -60,7 +60,7 @@ def saved(request, tmp_path):
             if tensor.dim() > 1:
                 tensor.copy_(torch.from_numpy(noise.gaussian(0, index, tensor.numel())).view(tensor.shape) * 0.1)
     model.save_pretrained(tmp_path / "model")
-    models.tiny_llama(causal=False)[1].save_pretrained(tmp_path / "model")
+    pretrained.tiny_llama(causal=False)[1].save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from cooperllm import models
+from cooperllm import models, pretrained
 from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 
@@ -41,8 +41,8 @@ def scores(model, theta):
 def plain_backbone(config):
     """The pretrained network without any of our code around it, and its tokenizer."""
     if config.name == "tiny-llama":
-        return models.tiny_llama(causal=False)
-    place = models.packaged_minilm()
+        return pretrained.tiny_llama(causal=False)
+    place = pretrained.packaged_minilm()
     return AutoModel.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
 
 
@@ -192,7 +192,7 @@ def test_plain_peft_loads_a_causal_adapter(tmp_path):
     model = models.load(WORDS, 2)
     theta = moved(model)
     model.save_adapter(theta.numpy(), tmp_path, ["no", "yes"])
-    plain = PeftModel.from_pretrained(models.tiny_llama(causal=True)[0], str(tmp_path)).eval()
+    plain = PeftModel.from_pretrained(pretrained.tiny_llama(causal=True)[0], str(tmp_path)).eval()
     batch = model.batch(model.encode(TEXTS, None, [0, 1, 0, 1]), range(4))
     with torch.inference_mode():
         logits = plain(input_ids=batch.token_ids, attention_mask=batch.mask).logits[torch.arange(4), batch.mask.sum(1) - 1]

@@ -14,7 +14,7 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 import cooperllm
-from cooperllm import models
+from cooperllm import models, pretrained
 from cooperllm.algorithm import replay
 from cooperllm.assembly import assemble
 from cooperllm.cli import app
@@ -69,7 +69,7 @@ def test_the_loss_is_the_one_that_transformers_computes_with_the_prompt_masked(t
     model = models.load(replace(TINY, caches_prefix=caches_prefix), 0)
     theta, examples = moved(model), model.encode(TEXTS, None, [], SAID)
     model.save_adapter(theta.numpy(), tmp_path, ())
-    plain = PeftModel.from_pretrained(models.tiny_llama(causal=True)[0], str(tmp_path)).eval()
+    plain = PeftModel.from_pretrained(pretrained.tiny_llama(causal=True)[0], str(tmp_path)).eval()
     width = max(map(len, examples.token_ids))
     ids, labels = torch.zeros(3, width, dtype=torch.int64), torch.full((3, width), -100)
     mask = torch.zeros(3, width, dtype=torch.int64)
@@ -162,7 +162,7 @@ def test_a_completion_column_says_it_all_on_the_command_line(tmp_path):
 
 
 def with_template(template):
-    _, tokenizer = models.tiny_llama(causal=True)
+    _, tokenizer = pretrained.tiny_llama(causal=True)
     tokenizer.chat_template = template
     return tokenizer
 
@@ -221,7 +221,7 @@ def test_a_trained_model_says_what_plain_peft_says_with_its_adapter(finished):
     """Greedy, the end of text included: what `transformers` generates from the export."""
     result = CliRunner().invoke(app, ["chat", str(finished.path), "text 3"])
     assert result.exit_code == 0, result.output
-    base, tokenizer = models.tiny_llama(causal=True)
+    base, tokenizer = pretrained.tiny_llama(causal=True)
     plain = PeftModel.from_pretrained(base, str(finished.path / "adapter")).eval()
     ids = torch.tensor([tokenizer("text 3 This is about", add_special_tokens=False)["input_ids"]])
     with torch.inference_mode():

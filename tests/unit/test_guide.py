@@ -7,6 +7,7 @@ Run: pytest tests/unit/test_guide.py
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,9 +29,13 @@ SIZE = CLASSES * FEATURES
 class Public:
     features: np.ndarray
     labels: np.ndarray
+    starts: None = None
 
     def __len__(self):
         return len(self.labels)
+
+    def num_targets(self, indices):
+        return len(indices)
 
 
 class NoLayers:
@@ -50,10 +55,11 @@ class SoftmaxRegression:
     adapted = NoLayers()
 
     def batch(self, examples, indices):
-        return torch.from_numpy(examples.features[list(indices)])
+        chosen = list(indices)
+        return SimpleNamespace(features=torch.from_numpy(examples.features[chosen]), labels=torch.from_numpy(examples.labels[chosen]))
 
     def scores(self, theta, batch):
-        return batch @ theta.reshape(CLASSES, FEATURES).T
+        return batch.features @ theta.reshape(CLASSES, FEATURES).T
 
 
 def public_of(labels):
@@ -98,7 +104,9 @@ def test_the_public_gradient_is_that_of_softmax_regression():
     found, loss = maker_of(EVERY_CLASS).gradient(THETA, 3)
     # Products, sums and an exponential of a batch of 42 in float32, each relative to a gradient of single examples of below 4.33 · 2.
     assert np.abs(found - exact(THETA, public.features, public.labels)).max() < 50 * UNIT * 4.33 * 2
-    probabilities = torch.softmax(SoftmaxRegression().scores(torch.from_numpy(THETA), torch.from_numpy(public.features)), 1).numpy()
+    probabilities = torch.softmax(
+        SoftmaxRegression().scores(torch.from_numpy(THETA), SimpleNamespace(features=torch.from_numpy(public.features))), 1
+    ).numpy()
     assert loss == pytest.approx(-np.log(probabilities[np.arange(42), public.labels]).mean(), rel=1e-5)
 
 

@@ -37,5 +37,6 @@ def test_adam_has_one_rate_and_goes_to_the_arms_that_do_not_step_along_random_di
     made = recipe(name, "elsewhere")
     adaptive = {arm for arm in made.arms if made.with_arm(arm).optimizer.kind is OptimizerKind.ADAM}
     assert adaptive == {ArmName.FEEDBACK, ArmName.MEASURED, ArmName.CLOUD_ONLY, ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED}
-    assert {made.arms[arm].learning_rate for arm in adaptive} == {0.005}
+    rates = {0.005, 0.02} if name == "instructions" else {0.005}  # next tokens of a model that forgets what it knew
+    assert {made.arms[arm].learning_rate for arm in adaptive} == rates
     assert made.config == made.with_arm(ArmName.FEEDBACK)
