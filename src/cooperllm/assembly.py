@@ -109,6 +109,13 @@ class Material:
         """Examples that judge the run."""
         return self._encoded(self.task.test)
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Sentences a user should read: what is unusual about the texts, and how many completions did not find room."""
+        num_cut, most = self.test.num_cut, self._config.model.max_tokens
+        cut = f"{num_cut} of {len(self.test)} test texts were cut at {most} tokens, prompt and completion together (model.max_tokens)"
+        return (*self.task.notices, *([cut] if num_cut else []))
+
     def _encoded(self, texts: Texts) -> Examples:
         return self.model.encode(texts.texts, texts.second_texts, texts.labels, texts.completions)
 

@@ -365,7 +365,7 @@ def _finished(files: RunDirectory, assembly: Assembly, *, draws: bool) -> Run:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "command": f"cooperllm run {config.recipe} --arm {name} --seed {config.seed}",
-        "notices": list(assembly.material.task.notices),
+        "notices": list(assembly.material.notices),
         "clock": asdict(DEFAULT_CLOCK),
         "config": to_plain(config),
         "arms": {name: arm_summary(config, rounds)},
