@@ -11,15 +11,20 @@ With `fleet_node` one of the two files that touch what Flower does not promise t
     - A node that was killed counts as online for a minute, and Flower refuses its return until then. Its signature says who it is: let in.
     - What a node was given before it was killed is never given again. Here it is: our nodes confirm a message when they have answered.
     - A run is only served while a task of it sends heartbeats. Ours has none: it is running because we say so.
-    - A reply can be seen before its parts have arrived, and is in the way of another if its sender was killed: it counts when whole.
+    - A message can be seen before its parts have arrived: an order is handed out, and a reply counts, when it is whole. A reply that is
+      not is in the way of another if its sender was killed, and is taken away.
+    - Every part of a message is a request of its own, though a message has a field for its content. Short ones travel in it.
+    - A signature covers a time, not what is asked, and is good for five minutes as often as it is shown. Here it is good once.
 """
 
 import contextlib
+import datetime
 import hashlib
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping
+from base64 import b64decode
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +32,25 @@ from typing import Any
 import anyio.to_thread
 import flwr
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import PlainTextResponse
 from flwr.app import Message
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, Status
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SUPERLINK_NODE_ID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    Status,
+)
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.error import http_error_translator
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.task_identity import TaskIdentity
@@ -48,6 +63,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from cooperllm.errors import LinkError
+from cooperllm.link.envelope import SHORT_PARTS
+from cooperllm.link.seen_requests import SeenRequests
 
 KNOWN_FLOWER = "1.41.0"
 START_TIMEOUT_S, STOP_TIMEOUT_S = 30.0, 10.0
@@ -56,8 +73,8 @@ HOLD_S = 2.0
 
 MOST_HELD = 4000
 """Questions that may be open at the same time, each in a thread of its own."""
-LARGEST_REQUEST_BYTES = 64 << 20
-"""Larger requests are refused before they are read: what a device sends at once is cut into chunks of a few MB."""
+LARGEST_REQUEST_BYTES = 8 << 20
+"""Larger requests are refused before they are read, since who sends them is only known then: long messages are cut into chunks of 5 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +138,8 @@ class FleetServer:
         self._socket = _listening(address)
         self.address = Address(host=address.host, port=self._socket.getsockname()[1])
         tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": certificate.chain, "ssl_keyfile": certificate.key}
-        self._server = uvicorn.Server(uvicorn.Config(_app(self._state), log_config=None, access_log=False, lifespan="on", ws="none", **tls))
+        app = _app(self._state, _once(public_keys.values()))
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none", **tls))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="fleet", daemon=True)
 
     def __enter__(self) -> "FleetServer":
@@ -148,8 +166,9 @@ class FleetServer:
             self._state.news.wait(seconds)
 
     def forget(self, message_id: str) -> None:
-        """Takes a message back: an answer to it is not kept."""
+        """Takes a message back: neither it nor an answer to it is kept."""
         self._state.delete_messages({message_id})
+        self._state.object_store.delete(message_id)
 
     def online(self) -> set[int]:
         """Lists our numbers of the nodes that are there."""
@@ -166,17 +185,26 @@ class _State(InMemoryLinkState):
         self._questions: dict[int, object] = {}
 
     def store_message_and_object_tree(self, message: Message, object_tree: Any, session_id: str) -> tuple[bool, list[str]]:
-        """Takes a message, and wakes whoever waits for one."""
-        stored = super().store_message_and_object_tree(message, object_tree, session_id)
+        """Takes a message with the parts that came in it, and wakes whoever waits for one.
+
+        A reply that is whole says that its order has arrived: that is not kept for a word of its own.
+        """
+        run_id, order = message.metadata.run_id, message.metadata.reply_to_message_id
+        is_stored, missing = super().store_message_and_object_tree(remove_content_from_message(message), object_tree, session_id)
+        if missing:
+            parts = get_all_nested_objects(message)
+            missing = [one for one in missing if one not in parts or not self.store_object(run_id, session_id, one, parts[one].deflate())]
+        if order and not missing:
+            self.object_store.delete(order)
         with self.news:
             self.news.notify_all()
-        return stored
+        return is_stored, missing
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
         """Waits a while for a message to a node: one request in two seconds, where looking often would fill a slow link.
 
         Who asks is there, though it may have missed that the server was away: its next heartbeat may be half a minute off. An older
-        question of the same node is nobody's any more.
+        question of the same node is nobody's any more. A short message is handed out with its content.
         """
         if node_id == SUPERLINK_NODE_ID:
             return super().get_message_ins(node_id, limit, run_id=run_id)
@@ -189,9 +217,22 @@ class _State(InMemoryLinkState):
                 found = super().get_message_ins(node_id, limit, run_id=run_id)
                 left = deadline - time.monotonic()
                 if found or left <= 0:
-                    return found
+                    return [self._whole_if_short(message) for message in found]
                 self.news.wait(left)
             return []
+
+    def _whole_if_short(self, message: Message) -> Message:
+        name = message.metadata.message_id
+        try:
+            parts = [part.object_id for part in iterate_object_tree(self.object_store.get_object_tree(name))]
+        except NoObjectInStoreError:  # taken back meanwhile; Flower's route says so
+            return message
+        contents = {part: content for part in parts if len(parts) <= SHORT_PARTS and (content := self.object_store.get(part))}
+        if len(contents) < len(parts):
+            return message
+        whole: Any = inflate_object_from_contents(name, contents)
+        whole.metadata.__dict__["_message_id"] = name
+        return whole
 
     def _give_again(self, node_id: int) -> None:
         with self.lock:
@@ -250,12 +291,14 @@ class _Grid(HttpGrid):
     def __init__(self, state: _State, run_id: int) -> None:
         super().__init__(token="none: no port is crossed")
         self._client: Any = _Direct(state, Task(run_id=run_id))
+        self._news = state.news
         self.set_run(state.get_run_info(run_ids=[run_id])[0])
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
 
     def push_messages(self, messages: Any) -> Any:
-        """Takes a list: Flower goes through it twice."""
-        return super().push_messages(list[Message](messages))
+        """Takes a list, since Flower goes through it twice; nobody sees a message before all its parts are there."""
+        with self._news:
+            return super().push_messages(list[Message](messages))
 
 
 class _Direct:
@@ -297,30 +340,55 @@ class _Factory:
 
 
 class _Limit:
-    """Refuses a request that announces, or turns out to have, more than `LARGEST_REQUEST_BYTES`."""
+    """Refuses a request that announces, or turns out to have, more than `LARGEST_REQUEST_BYTES`; Flower would read it whole."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        seen = 0
-
-        async def counted() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > LARGEST_REQUEST_BYTES:
-                raise HTTPException(413)
-            return message
-
         lengths = [value for name, value in scope.get("headers", ()) if name == b"content-length"]
-        if any(not value.isdigit() or int(value) > LARGEST_REQUEST_BYTES for value in lengths):
-            await PlainTextResponse("too large", 413)(scope, receive, send)
+        is_long = any(not value.isdigit() or int(value) > LARGEST_REQUEST_BYTES for value in lengths)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif is_long or (body := await _body(receive)) is None:
+            await PlainTextResponse("too large", 413, {"connection": "close"})(scope, receive, send)
         else:
-            await self._app(scope, counted, send)
+            waiting = [{"type": "http.request", "body": body}]
+
+            async def read() -> Any:
+                return waiting.pop() if waiting else await receive()
+
+            await self._app(scope, read, send)
 
 
-def _app(state: _State) -> FastAPI:
+async def _body(receive: Any) -> bytes | None:
+    """Reads a request; None where it is too long, or whoever sent it has gone: a part of a request is none."""
+    body, goes_on = bytearray(), True
+    while goes_on:
+        message = await receive()
+        body += message.get("body", b"")
+        goes_on = message.get("more_body", False)
+        if message["type"] == "http.disconnect" or len(body) > LARGEST_REQUEST_BYTES:
+            return None
+    return bytes(body)
+
+
+def _once(public_keys: Iterable[bytes]) -> Callable[[Request], Awaitable[None]]:
+    """Makes the check that a request is taken once, of those whose signature was found right."""
+    since = _now() - datetime.timedelta(seconds=SYSTEM_TIME_TOLERANCE)
+    seen = {key: SeenRequests(since) for key in public_keys}
+
+    async def check(request: Request) -> None:  # not in a thread: one request after the other
+        if not hasattr(request.state, "protobuf_request"):
+            return  # it is refused for its form, and nobody has looked at its signature
+        known = seen.get(b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER]))
+        if known is not None and not known.admit(datetime.datetime.fromisoformat(request.headers[TIMESTAMP_HEADER])):
+            raise HTTPException(409, "seen before, or signed before what has been seen: sign another one")
+
+    return check
+
+
+def _app(state: _State, once: Callable[[Request], Awaitable[None]]) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None, None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = MOST_HELD
@@ -339,8 +407,12 @@ def _app(state: _State) -> FastAPI:
         ],
     )
     app.state.linkstate_factory, app.state.enable_supernode_auth, app.state.fleet_event_log_plugin = _Factory(state), True, None
-    app.include_router(fleet_router)
+    app.include_router(fleet_router, dependencies=[Depends(once)])
     return app
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _listening(address: Address) -> socket.socket:
