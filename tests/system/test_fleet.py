@@ -9,6 +9,7 @@ import collections
 import contextlib
 import datetime
 import re
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,30 @@ def test_a_server_without_a_certificate_of_the_authority_is_told_nothing(tmp_pat
             there = Server(address=str(server.address), key=device / "node.key", authority=device / "authority.pem")
             with pytest.raises(LinkError, match=r"is not who it should be .* expected a certificate signed by .*authority.pem"):
                 serve(there, lambda data: data, threading.Event())
+
+
+def test_a_server_that_goes_in_the_middle_of_a_handshake_is_away_and_not_an_impostor(tmp_path, caplog):
+    """So does a proxy whose server is not there yet: the node looks again, where one that finds an impostor ends."""
+    job = Job(config=RunConfig(federation=FederationConfig(num_devices=1, num_edges=1, devices_per_round=1)), num_parameters=7)
+    enroll(tmp_path / "all", job, Places(cloud="127.0.0.1:9100", edges=("127.0.0.1:9101",)))
+    edge, device = tmp_path / "all" / "edge-0", tmp_path / "all" / "device-0"
+    with socket.create_server(("127.0.0.1", 0)) as closing:
+        port = closing.getsockname()[1]
+        there = Server(address=f"127.0.0.1:{port}", key=device / "node.key", authority=device / "authority.pem")
+        stop = threading.Event()
+        thread = threading.Thread(target=serve, args=(there, lambda data: data, stop))
+        thread.start()
+        closing.accept()[0].close()
+    try:
+        certificate = Certificate(chain=edge / "server.pem", key=edge / "server.key")
+        with FleetServer(read_public_keys(edge / "devices"), Address(host="127.0.0.1", port=port), certificate) as server:
+            assert FleetLink(server, "node", 60).send([(0, b"back")]) == {0: b"back"}
+            stop.set()
+            thread.join(20)
+    finally:
+        stop.set()
+        thread.join(20)
+    assert "is away" in caplog.text
 
 
 def test_a_refused_node_leaves_the_process_alone(keys):

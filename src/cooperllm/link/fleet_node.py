@@ -214,9 +214,10 @@ class _Hands:
 
 
 def _is_about_tls(error: BaseException | None) -> bool:
+    """Tells a server that is not who it should be from one that has gone in the middle of a handshake, or was never behind its proxy."""
     while error is not None and not isinstance(error, ssl.SSLError):
         error = error.__cause__ or error.__context__
-    return error is not None
+    return error is not None and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
 
 
 @contextmanager

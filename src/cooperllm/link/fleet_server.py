@@ -24,6 +24,7 @@ import socket
 import threading
 import time
 from base64 import b64decode
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ from flwr.common.constant import (
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -153,17 +155,19 @@ class FleetServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._state.is_ending = True
-        with self._state.news:
-            self._state.news.notify_all()
+        self._state.end()
         self._server.should_exit = True
         self._thread.join(STOP_TIMEOUT_S)
         self._socket.close()
 
     def wait_for_news(self, seconds: float) -> None:
-        """Waits until a message has been sent to or by a node, but not for long."""
+        """Waits until a node has sent a message or come in, but not for long."""
         with self._state.news:
             self._state.news.wait(seconds)
+
+    def worth_asking(self, message_ids: Iterable[str]) -> list[str]:
+        """Lists those messages that a reply has begun to arrive for."""
+        return [one for one in message_ids if one in self._state.message_ins_id_to_message_res_id]
 
     def forget(self, message_id: str) -> None:
         """Takes a message back: neither it nor an answer to it is kept."""
@@ -181,8 +185,13 @@ class _State(InMemoryLinkState):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.news, self.is_ending = threading.Condition(), False
+        self._news_lock, self._is_ending = threading.RLock(), False
+        self.news = threading.Condition(self._news_lock)
+        # A node's question and its messages are looked up by its number: what goes through all of either is a tier's whole time at
+        # some hundred nodes. `news` and the nodes' own conditions have one lock.
         self._questions: dict[int, object] = {}
+        self._own_news: dict[int, threading.Condition] = defaultdict(lambda: threading.Condition(self._news_lock))
+        self._orders: dict[int, list[str]] = defaultdict(list)
 
     def store_message_and_object_tree(self, message: Message, object_tree: Any, session_id: str) -> tuple[bool, list[str]]:
         """Takes a message with the parts that came in it, and wakes whoever waits for one.
@@ -197,7 +206,11 @@ class _State(InMemoryLinkState):
         if order and not missing:
             self.object_store.delete(order)
         with self.news:
-            self.news.notify_all()
+            if order:
+                self.news.notify_all()
+            elif is_stored:
+                self._orders[message.metadata.dst_node_id].append(message.metadata.message_id)
+                self._own_news[message.metadata.dst_node_id].notify_all()
         return is_stored, missing
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
@@ -212,14 +225,35 @@ class _State(InMemoryLinkState):
         self.acknowledge_node_heartbeat(node_id, HEARTBEAT_DEFAULT_INTERVAL)
         with self.news:
             self._questions[node_id] = question
+            self._own_news[node_id].notify_all()
             self.news.notify_all()
-            while not self.is_ending and self._questions.get(node_id) is question:
-                found = super().get_message_ins(node_id, limit, run_id=run_id)
-                left = deadline - time.monotonic()
-                if found or left <= 0:
-                    return [self._whole_if_short(message) for message in found]
-                self.news.wait(left)
+            while not self._is_ending and self._questions.get(node_id) is question:
+                found, left = self._next(node_id), deadline - time.monotonic()
+                if found is not None:
+                    return [self._whole_if_short(found)]
+                if left <= 0:
+                    return []
+                self._own_news[node_id].wait(left)
             return []
+
+    def end(self) -> None:
+        """Answers every question that is open: there is nothing."""
+        with self.news:
+            self._is_ending = True
+            for condition in (self.news, *self._own_news.values()):
+                condition.notify_all()
+
+    def _next(self, node_id: int) -> Message | None:
+        """Takes the oldest message to a node that it was not given yet, as Flower does for all of them."""
+        with self.lock:
+            self._check_stored_messages(set(self._orders[node_id]))
+            self._orders[node_id] = [one for one in self._orders[node_id] if one in self.message_ins_store]
+            for message_id in self._orders[node_id]:
+                message = self.message_ins_store[message_id]
+                if not message.metadata.delivered_at:
+                    message.metadata.delivered_at = now().isoformat()
+                    return message
+        return None
 
     def _whole_if_short(self, message: Message) -> Message:
         name = message.metadata.message_id
@@ -236,8 +270,9 @@ class _State(InMemoryLinkState):
 
     def _give_again(self, node_id: int) -> None:
         with self.lock:
-            for message_id, message in self.message_ins_store.items():
-                if message.metadata.dst_node_id == node_id and not self._has_whole_reply(message_id):
+            for message_id in self._orders[node_id]:
+                message = self.message_ins_store.get(message_id)
+                if message is not None and not self._has_whole_reply(message_id):
                     self.message_res_store.pop(self.message_ins_id_to_message_res_id.pop(message_id, ""), None)
                     message.metadata.delivered_at = ""
 
@@ -264,6 +299,7 @@ class _State(InMemoryLinkState):
         """
         with self.news:
             self._questions.pop(node_id, None)
+            self._own_news[node_id].notify_all()
             self.news.notify_all()
         with self.lock:  # at no moment is the node away for whoever waits for it
             self.deactivate_node(node_id)
