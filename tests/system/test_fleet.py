@@ -29,8 +29,9 @@ from cooperllm.errors import LinkError
 from cooperllm.link import fleet_node, fleet_server
 from cooperllm.link.fleet_link import FleetLink, fleet_links
 from cooperllm.link.fleet_node import Server, connected, read_private_key, serve
-from cooperllm.link.fleet_server import LARGEST_REQUEST_BYTES, Address, Certificate, FleetServer
+from cooperllm.link.fleet_server import Address, Certificate, FleetServer
 from cooperllm.link.flower import LATE
+from cooperllm.link.request_limit import LARGEST_REQUEST_BYTES
 
 HERE = Address(host="127.0.0.1", port=0)
 

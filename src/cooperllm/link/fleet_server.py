@@ -28,13 +28,13 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio.to_thread
 import flwr
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import PlainTextResponse
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import (
@@ -66,6 +66,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from cooperllm.errors import LinkError
 from cooperllm.link.envelope import SHORT_PARTS
+from cooperllm.link.request_limit import RequestLimit
 from cooperllm.link.seen_requests import SeenRequests
 
 KNOWN_FLOWER = "1.41.0"
@@ -75,8 +76,6 @@ HOLD_S = 2.0
 
 MOST_HELD = 4000
 """Questions that may be open at the same time, each in a thread of its own."""
-LARGEST_REQUEST_BYTES = 8 << 20
-"""Larger requests are refused before they are read, since who sends them is only known then: long messages are cut into chunks of 5 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,47 +367,6 @@ class _Direct:
         return runtime_handlers.confirm_message_received(request, **self._given)
 
 
-class _Factory:
-    """Hands Flower's routes the one state there is."""
-
-    def __init__(self, state: _State) -> None:
-        self.state = lambda: state
-
-
-class _Limit:
-    """Refuses a request that announces, or turns out to have, more than `LARGEST_REQUEST_BYTES`; Flower would read it whole."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        lengths = [value for name, value in scope.get("headers", ()) if name == b"content-length"]
-        is_long = any(not value.isdigit() or int(value) > LARGEST_REQUEST_BYTES for value in lengths)
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif is_long or (body := await _body(receive)) is None:
-            await PlainTextResponse("too large", 413, {"connection": "close"})(scope, receive, send)
-        else:
-            waiting = [{"type": "http.request", "body": body}]
-
-            async def read() -> Any:
-                return waiting.pop() if waiting else await receive()
-
-            await self._app(scope, read, send)
-
-
-async def _body(receive: Any) -> bytes | None:
-    """Reads a request; None where it is too long, or whoever sent it has gone: a part of a request is none."""
-    body, goes_on = bytearray(), True
-    while goes_on:
-        message = await receive()
-        body += message.get("body", b"")
-        goes_on = message.get("more_body", False)
-        if message["type"] == "http.disconnect" or len(body) > LARGEST_REQUEST_BYTES:
-            return None
-    return bytes(body)
-
-
 def _once(public_keys: Iterable[bytes]) -> Callable[[Request], Awaitable[None]]:
     """Makes the check that a request is taken once, of those whose signature was found right."""
     since = _now() - datetime.timedelta(seconds=SYSTEM_TIME_TOLERANCE)
@@ -436,13 +394,14 @@ def _app(state: _State, once: Callable[[Request], Awaitable[None]]) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         middleware=[
-            Middleware(_Limit),
+            Middleware(RequestLimit),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
         ],
     )
-    app.state.linkstate_factory, app.state.enable_supernode_auth, app.state.fleet_event_log_plugin = _Factory(state), True, None
+    app.state.linkstate_factory = SimpleNamespace(state=lambda: state)  # what Flower's routes ask for the state
+    app.state.enable_supernode_auth, app.state.fleet_event_log_plugin = True, None
     app.include_router(fleet_router, dependencies=[Depends(once)])
     return app
 
