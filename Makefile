@@ -39,8 +39,9 @@ unit: $(STAMP)  ## arithmetic, properties, the house rules, every example in the
 system: $(STAMP)  ## whole runs: the default model, every engine, the command line; two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/system --numprocesses 2 --dist loadfile --max-worker-restart 0
 
-faults: $(STAMP)  ## twenty random sequences of kills of real processes; minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v
+SEQUENCES ?= 20
+faults: $(STAMP)  ## every fault by name, then SEQUENCES=20 random sequences of kills of real processes; half an hour
+	OMP_NUM_THREADS=1 COOPERLLM_FAULT_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest tests/faults -v
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

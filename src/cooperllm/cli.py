@@ -3,6 +3,7 @@
 What computes is imported by the command that needs it: a device's command must work where PyTorch is not installed, and not load it.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -14,7 +15,7 @@ import rich.console
 import rich.text
 import typer
 
-from cooperllm import deployment_commands, recipes
+from cooperllm import deployment_commands, process_log, recipes
 from cooperllm.config import (
     ArmName,
     Variant,
@@ -238,6 +239,18 @@ def chat_command(
             return
 
 
+@app.command("export-metrics")
+def export_metrics_command(
+    run: Annotated[Path, typer.Argument(help="A run directory, or one with some below it: a comparison, a deployment.")],
+    tensorboard: Annotated[Path, typer.Option("--tensorboard", help="Directory to write event files to, one below it for each run.")],
+) -> None:
+    """Write every figure of every round for TensorBoard."""
+    from cooperllm.report.event_files import write_event_files  # noqa: PLC0415 -- of the extra `cloud`
+
+    written = write_event_files(run, tensorboard)
+    console.print(f"{len(written)} written; look at them with: tensorboard --logdir {tensorboard}", highlight=False, soft_wrap=True)
+
+
 @app.command("package")
 def package_command(
     target: Annotated[Path, typer.Argument(help="Directory to write.")],
@@ -312,6 +325,9 @@ def main() -> None:
 
 
 def _refuse(kind: str, sentence: str) -> None:
+    if process_log.is_json():
+        logging.getLogger("cooperllm").error("%s: %s", kind, sentence)
+        return
     said = rich.text.Text.assemble((kind, "bold red"), ": ", sentence)
     # A log keeps the sentence on one line, whatever the length of the paths in it; a terminal breaks it between words.
     errors.print(said, highlight=False, soft_wrap=not errors.is_terminal)

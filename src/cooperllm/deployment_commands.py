@@ -1,8 +1,6 @@
 """The commands of a deployment: one for each tier, one that writes what they need, one that starts all of them here."""
 
 import datetime
-import logging
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -47,20 +45,16 @@ from cooperllm.options import (
     changed,
     free_directory,
 )
+from cooperllm.process_log import LogFormat, begin_log
 
 CACHE = Path.home() / ".cache" / "cooperllm"
 CLOUD_PORT = 9100
 SettingsFile = Annotated[Path, typer.Argument(help="TOML file, as `cooperllm enroll` writes it.")]
+Log = Annotated[
+    LogFormat, typer.Option("--log-format", help="What the process says of itself: lines for people, or JSON, an object a line.")
+]
 Hosts = Annotated[str, typer.Option("--hosts", help="Names of the cloud's host and of each edge's, comma-separated: cloud.lan,edge0.lan")]
 console = rich.console.Console()
-
-
-def quieten() -> None:
-    """Keeps Flower from phoning home, and lets our own words through with the time; before Flower is imported."""
-    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-    logging.getLogger("cooperllm").setLevel(logging.INFO)
-    logging.getLogger("flwr").addFilter(lambda record: record.levelno >= logging.ERROR)  # a level would be undone by its import
 
 
 def until_told(work: Callable[[threading.Event], object]) -> None:
@@ -110,7 +104,7 @@ def enroll_command(
     settings: Set = None,
 ) -> None:
     """Write keys, certificates and settings for every process of a deployment, its run and its device package."""
-    quieten()
+    begin_log(LogFormat.TEXT, "enroll")
     others = {"directory", "recipe", "arm", "hosts", "port", "texts", "data_directory"}
     options = {key: value for key, value in locals().items() if key not in others}
     config = _chosen(recipe, data_directory, arm, options)
@@ -149,24 +143,25 @@ def up_command(
     activation_mib: ActivationMib = None,
     slopes: Slopes = None,
     settings: Set = None,
+    log_format: Log = LogFormat.TEXT,
     out: Annotated[Path | None, typer.Option("--out", help="Directory; by default runs/RECIPE-up-N with the next free N.")] = None,
 ) -> None:
     """Train with a process for each edge and device on this machine: the same bits as `cooperllm run --runtime onnx`."""
-    quieten()
-    options = {key: value for key, value in locals().items() if key not in {"recipe", "arm", "port", "data_directory", "out"}}
+    begin_log(log_format, "cloud")
+    options = {key: value for key, value in locals().items() if key not in {"recipe", "arm", "port", "data_directory", "out", "log_format"}}
     config = _chosen(recipe, data_directory, arm, options)
     directory = free_directory(out, f"{recipe}-up")
     _prepare(directory, config, "", port, has_texts=True)
     from cooperllm.deployment.together import edges_and_devices  # noqa: PLC0415 -- of the extra `cloud`
 
-    with edges_and_devices(directory):
-        _cloud(directory / "cloud" / "cloud.toml")
+    with edges_and_devices(directory, log_format):
+        _cloud(directory / "cloud" / "cloud.toml", log_format)
 
 
-def cloud_command(settings: SettingsFile) -> None:
+def cloud_command(settings: SettingsFile, log_format: Log = LogFormat.TEXT) -> None:
     """Train, with edges and devices elsewhere; started again, it goes on where its log ends."""
-    quieten()
-    _cloud(settings)
+    begin_log(log_format, "cloud")
+    _cloud(settings, log_format)
 
 
 def status_command(run: Annotated[Path, typer.Argument(help="A run directory, such as fleet/cloud/run.")]) -> None:
@@ -206,9 +201,9 @@ def monitor_command(
     serve_monitor(run, host, port, tell)
 
 
-def edge_command(settings: SettingsFile) -> None:
+def edge_command(settings: SettingsFile, log_format: Log = LogFormat.TEXT) -> None:
     """Serve devices, and answer the cloud for them."""
-    quieten()
+    begin_log(log_format, "edge")
     from cooperllm.deployment.edge_process import run_edge_process  # noqa: PLC0415 -- imports Flower's server
     from cooperllm.deployment.process_file import running  # noqa: PLC0415
     from cooperllm.deployment.settings import EdgeSettings, read_settings  # noqa: PLC0415
@@ -226,12 +221,13 @@ def device_command(
     threads: Annotated[int, typer.Option("--threads", help="Threads of one operator.")] = 1,
     cache_directory: Annotated[Path, typer.Option("--cache-directory", help="Where states of frozen layers may be kept.")] = CACHE,
     cache_mib: Annotated[float, typer.Option("--cache-mib", help="The most that they may take there.")] = 256.0,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Take part in a run, or choose how a device spends memory, by measuring: needs no PyTorch."""
     if (settings is None) == (package is None):
         raise ConfigError("device: found neither or both, expected a settings file, or --measure PACKAGE")
     if package is None:
-        _device(settings or Path())
+        _device(settings or Path(), log_format)
         return
     from cooperllm.device import footprint_report, governor  # noqa: PLC0415 -- of the extra `device`
 
@@ -244,8 +240,8 @@ def device_command(
     console.print(footprint_report.words(choice, memory_mib), highlight=False)
 
 
-def _device(settings: Path) -> None:
-    quieten()
+def _device(settings: Path, log_format: LogFormat) -> None:
+    begin_log(log_format, "device")
     from cooperllm.deployment.device_process import run_device_process  # noqa: PLC0415 -- of the extra `device`
     from cooperllm.deployment.process_file import running  # noqa: PLC0415
     from cooperllm.deployment.settings import DeviceSettings, read_settings  # noqa: PLC0415
@@ -296,9 +292,9 @@ def _prepare(directory: Path, config: RunConfig, hosts: str, port: int, *, has_t
     console.print(f"everything is in {directory}", highlight=False, soft_wrap=True)
 
 
-def _cloud(settings: Path) -> None:
+def _cloud(settings: Path, log_format: LogFormat) -> None:
     from cooperllm import pretrained  # noqa: PLC0415 -- of the extra `cloud`
-    from cooperllm.deployment.cloud_process import run_cloud_process  # noqa: PLC0415
+    from cooperllm.deployment.cloud_process import log_round, run_cloud_process  # noqa: PLC0415
     from cooperllm.deployment.process_file import running  # noqa: PLC0415
     from cooperllm.deployment.settings import CloudSettings, read_settings  # noqa: PLC0415
     from cooperllm.showing import show  # noqa: PLC0415
@@ -307,4 +303,10 @@ def _cloud(settings: Path) -> None:
     found = read_settings(settings, CloudSettings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to stop: as if by Ctrl-C
     with running(settings):
-        show(console, lambda progress: run_cloud_process(found, progress.observe), f"cooperllm cloud {settings}")
+        if log_format is LogFormat.TEXT:
+            show(console, lambda progress: run_cloud_process(found, progress.observe), f"cooperllm cloud {settings}")
+            return
+        try:
+            run_cloud_process(found, log_round)
+        except KeyboardInterrupt as interrupt:
+            raise typer.Exit(130) from interrupt

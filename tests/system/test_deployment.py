@@ -21,6 +21,7 @@ from deployments import (
     copied,
     ended,
     hashes,
+    killed_at_the_end,
     prepared_in,
     rounds_done,
     simulated_in,
@@ -35,6 +36,7 @@ import cooperllm
 from cooperllm.cli import app
 from cooperllm.deployment.together import edges_and_devices
 from cooperllm.errors import ConfigError
+from cooperllm.process_log import LogFormat
 from cooperllm.run_directory import RunDirectory
 
 ROUNDS = 8
@@ -65,6 +67,32 @@ def test_processes_with_tls_and_keys_give_the_bits_of_one_process(deployment, si
         ended(cloud, deployment)
     assert hashes(deployment / "cloud" / "run") == simulated
     assert json.loads((deployment / "cloud" / "run" / "summary.json").read_text())["arms"]["feedback"]["finished"]
+
+
+def secrets_of(deployment):
+    """Lines of every private key, and every private text."""
+    for key in deployment.glob("**/*.key"):
+        yield from (line for line in key.read_text().splitlines() if "-----" not in line)
+    for texts in deployment.glob("*/texts.jsonl"):
+        yield from (json.loads(line)["text"] for line in texts.read_text().splitlines())
+
+
+def test_logs_of_all_tiers_in_json_are_an_object_a_line_with_the_rounds_and_without_a_secret(deployment, simulated):
+    """An edge is killed on the way, so that devices have something to tell."""
+    with edges_and_devices(deployment, LogFormat.JSON) as processes, cloud_of(deployment, LogFormat.JSON) as cloud:
+        wait_for(lambda: rounds_done(deployment) >= 2, words(deployment))
+        processes[0].kill()
+        processes[0].wait()
+        with killed_at_the_end(started("edge", deployment / "edge-0", LogFormat.JSON)):
+            ended(cloud, deployment)
+    assert hashes(deployment / "cloud" / "run") == simulated
+    said = {file.parent.name: [json.loads(line) for line in file.read_text().splitlines()] for file in deployment.glob("*/*.log")}
+    assert [line["figures"]["round"] for line in said["cloud"] if "figures" in line] == list(range(1, ROUNDS + 1))
+    assert {line["process"] for name, lines in said.items() for line in lines if line["process"] != name.partition("-")[0]} == set()
+    assert any("is away" in line["message"] for line in said["device-0"])
+    told, secrets = words(deployment), set(secrets_of(deployment))
+    assert len(secrets) > 20
+    assert [secret for secret in secrets if secret in told] == []
 
 
 def hashes_with_a_cloud_killed_after(rounds, deployment):

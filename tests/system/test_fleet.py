@@ -5,27 +5,33 @@ A change of Flower's that breaks one of these would break every deployment.
 Run: pytest tests/system/test_fleet.py
 """
 
+import collections
 import contextlib
 import datetime
 import re
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import flwr
+import httpx
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from cooperllm.config import FederationConfig, RunConfig
 from cooperllm.deployment.enrolment import Places, enroll, read_public_keys
 from cooperllm.deployment.settings import Job
 from cooperllm.errors import LinkError
-from cooperllm.link import fleet_node
+from cooperllm.link import fleet_node, fleet_server
 from cooperllm.link.fleet_link import FleetLink, fleet_links
 from cooperllm.link.fleet_node import Server, connected, read_private_key, serve
 from cooperllm.link.fleet_server import Address, Certificate, FleetServer
 from cooperllm.link.flower import LATE
+from cooperllm.link.request_limit import LARGEST_REQUEST_BYTES
 
 HERE = Address(host="127.0.0.1", port=0)
 
@@ -118,6 +124,7 @@ def test_who_is_slow_is_not_waited_for_where_more_were_asked_than_are_needed(key
         assert FleetLink(server, "node", 60).send([(3, b"second"), (5, b"second")]) == {3: b"second", 5: b"second"}
         assert time.monotonic() - begun < 10
         assert not server._state.message_res_store, "the late answer is kept by nobody"
+        assert len(server._state.object_store) == 0, "nor is the order"
 
 
 def test_a_second_exchange_of_a_round_waits_for_its_own_answers(keys):
@@ -127,6 +134,20 @@ def test_a_second_exchange_of_a_round_waits_for_its_own_answers(keys):
         assert link.send([(3, b"first"), (5, b"first")]) == {3: b"first", 5: b"first"}
         assert link.send([(5, b"again")]) == {5: b"again"}
         assert set(link.spent) == {5}
+
+
+def test_a_node_with_a_free_hand_is_given_a_message_once(keys):
+    """Its second question is open while the first message is answered."""
+    answered = []
+
+    def answer(data):
+        answered.append(data)
+        time.sleep(0.5)
+        return data
+
+    with serving(keys) as server, node(server, keys[3][0], answer, at_once=2):
+        assert FleetLink(server, "node", 60).send([(3, b"once")]) == {3: b"once"}
+    assert answered == [b"once"]
 
 
 @pytest.mark.parametrize(("most_at_work", "expected"), [(2, b"together"), (1, b"alone")])
@@ -206,6 +227,30 @@ def test_a_server_without_a_certificate_of_the_authority_is_told_nothing(tmp_pat
                 serve(there, lambda data: data, threading.Event())
 
 
+def test_a_server_that_goes_in_the_middle_of_a_handshake_is_away_and_not_an_impostor(tmp_path, caplog):
+    """So does a proxy whose server is not there yet: the node looks again, where one that finds an impostor ends."""
+    job = Job(config=RunConfig(federation=FederationConfig(num_devices=1, num_edges=1, devices_per_round=1)), num_parameters=7)
+    enroll(tmp_path / "all", job, Places(cloud="127.0.0.1:9100", edges=("127.0.0.1:9101",)))
+    edge, device = tmp_path / "all" / "edge-0", tmp_path / "all" / "device-0"
+    with socket.create_server(("127.0.0.1", 0)) as closing:
+        port = closing.getsockname()[1]
+        there = Server(address=f"127.0.0.1:{port}", key=device / "node.key", authority=device / "authority.pem")
+        stop = threading.Event()
+        thread = threading.Thread(target=serve, args=(there, lambda data: data, stop))
+        thread.start()
+        closing.accept()[0].close()
+    try:
+        certificate = Certificate(chain=edge / "server.pem", key=edge / "server.key")
+        with FleetServer(read_public_keys(edge / "devices"), Address(host="127.0.0.1", port=port), certificate) as server:
+            assert FleetLink(server, "node", 60).send([(0, b"back")]) == {0: b"back"}
+            stop.set()
+            thread.join(20)
+    finally:
+        stop.set()
+        thread.join(20)
+    assert "is away" in caplog.text
+
+
 def test_a_refused_node_leaves_the_process_alone(keys):
     """Flower's own connection ends the whole process five seconds after it was refused, with whatever else it was doing."""
     before = set(threading.enumerate())
@@ -213,6 +258,134 @@ def test_a_refused_node_leaves_the_process_alone(keys):
         serve(Server(address=str(server.address), key=keys[5][0], authority=None), lambda data: data, threading.Event())
     left = [thread.name for thread in set(threading.enumerate()) - before if "exit" in thread.name]
     assert left == []
+
+
+@contextlib.contextmanager
+def requests_seen(monkeypatch):
+    """Every request of nodes in this process, as it leaves."""
+    sent, send = [], httpx.Client.send
+
+    def noted(client, request, **given):
+        sent.append(request)
+        return send(client, request, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(httpx.Client, "send", noted)
+        yield sent
+
+
+def paths_of(requests):
+    return [request.url.path.rpartition("/")[2] for request in requests]
+
+
+def test_a_short_message_is_one_request_each_way(keys, monkeypatch):
+    """Flower's way is nine: a question for work, three parts, a word of an answer, its three parts, and that the order has arrived."""
+    with serving(keys) as server, requests_seen(monkeypatch) as sent, node(server, keys[3][0], lambda data: data):
+        assert FleetLink(server, "node", 60).send([(3, b"short")]) == {3: b"short"}
+        assert len(server._state.object_store) == 0, "nothing of it is kept"
+    assert collections.Counter(paths_of(sent))["push-messages"] == 1
+    assert set(paths_of(sent)) == {"activate-node", "send-node-heartbeat", "pull-messages", "push-messages", "deactivate-node"}
+
+
+def test_the_parts_of_a_long_message_travel_side_by_side_but_only_a_few(keys, monkeypatch):
+    """48 MiB are ten chunks and four parts around them; each way is slowed down so that those under way at once can be counted."""
+    under_way, most, alone = collections.Counter(), collections.Counter(), threading.Lock()
+
+    def slowed(kind, work):
+        def slow(*given):
+            with alone:
+                under_way[kind] += 1
+                most[kind] = max(most[kind], under_way[kind])
+            time.sleep(0.1)
+            with alone:
+                under_way[kind] -= 1
+            return work(*given)
+
+        return slow
+
+    for kind in ("PullObject", "PushObject"):
+        monkeypatch.setattr(fleet_node.FleetHttpClient, kind, slowed(kind, getattr(fleet_node.FleetHttpClient, kind)))
+    data = b"".join(bytes([number]) * (4 << 20) for number in range(12))
+    with serving(keys) as server, node(server, keys[3][0], lambda found: found):
+        assert FleetLink(server, "node", 60).send([(3, data)]) == {3: data}
+    assert most == {"PullObject": fleet_node.PARTS_AT_ONCE, "PushObject": fleet_node.PARTS_AT_ONCE}
+
+
+def test_a_part_that_fails_ends_the_others_and_the_message_comes_again(keys, monkeypatch):
+    """One part's connection is reset for good: no half of a message is inflated, and the node takes the order a second time."""
+    failures, pull = [], fleet_node.FleetHttpClient.PullObject
+
+    def broken(client, request):
+        if not failures:
+            failures.append(request.object_id)
+            raise ObjectPullError(request.object_id, "the test says so")
+        return pull(client, request)
+
+    monkeypatch.setattr(fleet_node.FleetHttpClient, "PullObject", broken)
+    data = bytes(range(256)) * (8 << 12)
+    with serving(keys) as server, node(server, keys[3][0], lambda found: found[::-1]):
+        assert FleetLink(server, "node", 60).send([(3, data)]) == {3: data[::-1]}
+    assert len(failures) == 1
+
+
+def shown_again(server, request, content=None):
+    """The answer to a request with the headers of one that was recorded, from another connection."""
+    kept = {name: request.headers[name] for name in request.headers if name not in {"host", "content-length", "connection"}}
+    return httpx.post(f"http://{server.address}{request.url.path}", headers=kept, content=request.content if content is None else content)
+
+
+def test_a_recorded_request_is_refused_and_the_node_goes_on(keys, monkeypatch):
+    """Goodbyes, questions for work and answers: the first would lose the node, the second an order, the third count twice."""
+    with serving(keys) as server, requests_seen(monkeypatch) as sent, node(server, keys[3][0], lambda data: data):
+        link = FleetLink(server, "node", 60)
+        assert link.send([(3, b"first")]) == {3: b"first"}
+        recorded = {path: request for path, request in zip(paths_of(sent), sent, strict=True) if path != "deactivate-node"}
+        for path in ("activate-node", "pull-messages", "push-messages"):
+            assert shown_again(server, recorded[path]).status_code == 409, path
+        goodbye = DeactivateNodeRequest(node_id=server.nodes[3]).SerializeToString()
+        stolen = httpx.Request("POST", f"http://{server.address}/v1/fleet/deactivate-node", headers=recorded["push-messages"].headers)
+        assert shown_again(server, stolen, goodbye).status_code == 409, "a signature of one request does for no other"
+        assert server.online() == {3}
+        assert link.send([(3, b"second")]) == {3: b"second"}
+
+
+def test_a_request_recorded_before_a_server_was_started_again_is_refused(keys, monkeypatch):
+    with serving(keys) as server, requests_seen(monkeypatch) as sent, node(server, keys[3][0], lambda data: data):
+        assert FleetLink(server, "node", 60).send([(3, b"")]) == {3: b""}
+    later = fleet_server._now() + datetime.timedelta(seconds=10)
+    monkeypatch.setattr(fleet_server, "_now", lambda: later)
+    with serving(keys) as server:
+        assert shown_again(server, sent[0]).status_code == 409
+
+
+def test_a_signature_with_another_key_leaves_no_trace(keys, monkeypatch):
+    """Whoever has only seen a public key cannot make the server refuse its owner."""
+    with serving(keys) as server, requests_seen(monkeypatch) as sent, node(server, keys[3][0], lambda data: data):
+        link = FleetLink(server, "node", 60)
+        assert link.send([(3, b"first")]) == {3: b"first"}
+        forged = httpx.Request("POST", sent[0].url, headers=sent[0].headers, content=sent[0].content)
+        in_a_while = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=4)
+        forged.headers[fleet_node.TIMESTAMP_HEADER] = in_a_while.isoformat()
+        assert [shown_again(server, forged).status_code for _ in range(2)] == [401, 401]
+        time.sleep(4)
+        assert link.send([(3, b"second")]) == {3: b"second"}
+
+
+def test_a_body_that_grows_beyond_the_bound_is_refused_before_it_has_arrived(keys):
+    """It announces no length: what was sent of a gigabyte when the answer came is what had been under way."""
+    sent = []
+
+    def growing():
+        for _ in range(1 << 10):
+            sent.append(1 << 20)
+            yield bytes(1 << 20)
+
+    with serving(keys) as server:
+        answer = httpx.post(
+            f"http://{server.address}/v1/fleet/push-object", headers={"content-type": "application/protobuf"}, content=growing()
+        )
+        assert answer.status_code == 413
+    assert sum(sent) < 10 * LARGEST_REQUEST_BYTES
 
 
 @pytest.mark.parametrize("hours", [-1, 1])

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from cooperllm.config import RunConfig
 from cooperllm.deployment.edge_process import open_server
@@ -43,6 +44,16 @@ def run_cloud_process(settings: CloudSettings, observe: Observer | None = None) 
             return Received(data=link.send(orders.items()), spent=link.spent)
 
         return deployed(settings.run, RemoteEdges(sorted(keys), send), observe, wait_s=WAIT_S)
+
+
+def log_round(config: RunConfig, figures: Mapping[str, Any]) -> None:
+    """Says that a round is over, with its figures for whoever collects them.
+
+    Args:
+        config: The run's settings.
+        figures: Of the round, as in rounds.jsonl.
+    """
+    _log.info("round %d of %d is over", figures["round"], config.num_rounds, extra={"figures": dict(figures)})
 
 
 def check_deployable(config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from cooperllm.deployment.cloud_process import check_deployable
 from cooperllm.deployment.enrolment import Places, enroll
 from cooperllm.deployment.settings import Job
 from cooperllm.errors import ConfigError
+from cooperllm.process_log import LogFormat
 from cooperllm.run_directory import RunDirectory
 
 END_TIMEOUT_S = 20.0
@@ -54,18 +55,19 @@ def prepare(directory: Path, config: RunConfig, places: Places, *, has_texts: bo
 
 
 @contextlib.contextmanager
-def edges_and_devices(directory: Path) -> Generator[Sequence["subprocess.Popen[bytes]"]]:
+def edges_and_devices(directory: Path, log_format: LogFormat = LogFormat.TEXT) -> Generator[Sequence["subprocess.Popen[bytes]"]]:
     """Runs every edge and device of a directory in a process of its own, each with its words in a file beside its settings.
 
     Args:
         directory: Written by `prepare`.
+        log_format: What its words are.
 
     Yields:
         The processes; they are stopped at the end.
     """
     with contextlib.ExitStack() as stack:
         running = [
-            stack.enter_context(_running(kind, folder))
+            stack.enter_context(_running(kind, folder, log_format))
             for kind in ("edge", "device")
             for folder in sorted(directory.glob(f"{kind}-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
         ]
@@ -77,8 +79,8 @@ def edges_and_devices(directory: Path) -> Generator[Sequence["subprocess.Popen[b
 
 
 @contextlib.contextmanager
-def _running(kind: str, folder: Path) -> Generator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", "cooperllm", kind, str(folder / f"{kind}.toml")]
+def _running(kind: str, folder: Path, log_format: LogFormat) -> Generator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-m", "cooperllm", kind, str(folder / f"{kind}.toml"), "--log-format", log_format]
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with (folder / f"{kind}.log").open("ab") as words:
         process = subprocess.Popen(command, stdout=words, stderr=words, env=environment)

@@ -27,8 +27,8 @@ from cooperllm.messages import Plan, Scheduled, Spent
 ADDED_ENERGY = {1: 0.572, 2: 0.135, 4: 0.012, 8: 0.0001}
 """v(b) of eq. (3): 1 / κ - 1 with the energy κ that the codec keeps of normal entries."""
 
-BYTES_AROUND = 11_000
-"""H of eq. (1): signed requests, TLS and headers of one answer, counted on the wire (benchmarks/results/links_x86_64_2026-11-21.md)."""
+BYTES_AROUND = 2_500
+"""H of eq. (1): signed requests, TLS and headers around one answer, counted on the wire (benchmarks/results/scale_x86_64_2026-11-21.md)."""
 
 SEEN = 3
 

@@ -1,6 +1,7 @@
 """Our bytes in a message of Flower's: short ones in a record, long ones in an `Array`, which Flower cuts into chunks.
 
-Every part of a message is a request of its own: a record has one, an array three. A node writes before its answer how long it took.
+A message with a record has three parts, itself included, and travels whole; one with an array has five or more, each a request of its own.
+A node writes before its answer how long it took.
 """
 
 import math
@@ -11,6 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from cooperllm.errors import DecodeError
 
 SHORT_BYTES = 1 << 20
+SHORT_PARTS = 3
+"""Parts of a message that travels whole: itself, its dictionary, a record."""
 
 
 def wrap(data: bytes) -> RecordDict:

@@ -10,6 +10,8 @@ from cooperllm.link.flower import LATE, POLL_S, GridLink
 from cooperllm.messages import Spent
 
 RETURN_S, PATIENCE_S = 10.0, 30.0
+LOOK_S = 0.5
+"""How often all nodes and messages are gone through, for who has gone and what Flower answers for whom; a node's answer is seen at once."""
 
 
 class FleetLink(GridLink):
@@ -24,6 +26,7 @@ class FleetLink(GridLink):
         super().__init__(server.grid, len(server.nodes), timeout_s)
         self.whom, self._server, self._patient_until = whom, server, time.monotonic() + patience_s
         self._seen: dict[int, float] = {}
+        self._looked, self._asked_all = -math.inf, -math.inf
         self._made, self._sent = time.monotonic(), dict[int, float]()
         self._over_selection, self._enough = over_selection, 0
 
@@ -60,13 +63,22 @@ class FleetLink(GridLink):
         self._server.wait_for_news(POLL_S)
         return time.monotonic() < deadline
 
+    def _worth_asking(self, pending: dict[str, int]) -> list[str]:
+        now = time.monotonic()
+        if now - self._asked_all < LOOK_S:
+            return self._server.worth_asking(pending)
+        self._asked_all = now
+        return list(pending)
+
     def _is_gone(self, number: int) -> bool:
         """A node that has said goodbye, or sent no heartbeat for a minute, has some seconds to come back."""
         if len(self.spent) >= self._enough:
             self.lost_reasons[number] = LATE
             return True
         now = time.monotonic()
-        self._seen |= dict.fromkeys(self._server.online(), now)
+        if now - self._looked > LOOK_S:
+            self._looked = now
+            self._seen |= dict.fromkeys(self._server.online(), now)
         if now - self._seen[number] > RETURN_S:
             self.lost_reasons[number] = "went away"
         return now - self._seen[number] > RETURN_S

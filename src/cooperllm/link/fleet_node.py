@@ -4,7 +4,7 @@
 
 Flower's own SuperNode starts a process for every message, which would load the model anew each time. A node runs what is installed on it:
 no code comes over the link. Its question for work is kept open by `fleet_server` until there is some, and it comes back by itself after a
-server or a network was away. It has one connection for all parts of a message: another would cost a slow link a handshake.
+server or a network was away. A short message is one request each way, over one connection; the parts of a long one travel side by side.
 
 With `fleet_server` one of the two files that touch what Flower does not promise to keep (pinned: 1.41). Its requests are used and its
 connection is not: that one ends the process five seconds after it was refused (`flwr_exit`), interrupts it where a key is no longer
@@ -19,11 +19,12 @@ import ssl
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives import serialization
@@ -34,6 +35,7 @@ from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, TIMESTAMP_HEADER, E
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.heartbeat import HeartbeatSender
@@ -51,9 +53,8 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
+    ObjectUnavailableError,
     inflate_object_from_contents,
-    pull_objects,
-    push_objects,
 )
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
@@ -61,13 +62,19 @@ from flwr.supercore.retry.retry_invoker import RetryInvoker, exponential
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from cooperllm.errors import ConfigError, LinkError
-from cooperllm.link.envelope import stamp, unwrap, wrap
+from cooperllm.link.envelope import SHORT_PARTS, stamp, unwrap, wrap
 
 POLL_S = 0.2
 RETURN_AFTER_S, RETRY_S, LAST_WORDS_S = 2.0, 30.0, 5.0
 CLOCK_TOLERANCE_S = 2.0
 """When a signature is refused and the clocks differ by more, ours is corrected; the server's answers tell whole seconds."""
-_BAD_SIGNATURE, _UNKNOWN_KEY = 401, 412
+PARTS_AT_ONCE = 4
+"""Parts of a long message that travel at the same time, each over a connection of its own: all those of one below 10 MB but one, so that it
+takes two round trips. More would only share the link, and a node would hold more parts twice."""
+_BAD_SIGNATURE, _UNKNOWN_KEY, _SEEN_BEFORE = 401, 412, 409
+_HEADERS_ARE_THERE = "http11.receive_response_headers.complete"
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 _log = logging.getLogger(__name__)
 
 Answer = Callable[[bytes], bytes]
@@ -107,7 +114,7 @@ def serve(server: Server, answer: Answer, stop: threading.Event | None = None, a
     while not stop.is_set():
         try:
             _connected(server, key, answer, stop, at_once, most_at_work)
-        except (ObjectPullError, ObjectPushError) as error:
+        except (ObjectPullError, ObjectPushError, ObjectUnavailableError) as error:
             _log.warning("%s took a message back (%s)", server.address, error)
         except (httpx.HTTPError, OSError) as error:
             _log.warning("%s is away (%s); trying again", server.address, error)
@@ -207,9 +214,10 @@ class _Hands:
 
 
 def _is_about_tls(error: BaseException | None) -> bool:
+    """Tells a server that is not who it should be from one that has gone in the middle of a handshake, or was never behind its proxy."""
     while error is not None and not isinstance(error, ssl.SSLError):
         error = error.__cause__ or error.__context__
-    return error is not None
+    return error is not None and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
 
 
 @contextmanager
@@ -228,7 +236,8 @@ def connected(server: Server, key: ec.EllipticCurvePrivateKey, most_at_work: int
         httpx.HTTPError: If the server is away, or refuses.
     """
     authority = None if server.authority is None else server.authority.read_bytes()
-    with FleetHttpClient.from_server_address(server.address, authority is None, authority, [_Signature(key)]) as client:
+    arrival = _Arrival()
+    with FleetHttpClient.from_server_address(server.address, authority is None, authority, [_Signature(key), arrival]) as client:
         shown = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         node = Node(node_id=client.ActivateNode(shown).node_id)
 
@@ -241,7 +250,7 @@ def connected(server: Server, key: ec.EllipticCurvePrivateKey, most_at_work: int
         heart = HeartbeatSender(is_heard)
         heart.start()
         try:
-            yield Fleet(client, node, most_at_work)
+            yield Fleet(client, node, arrival, most_at_work)
             with suppress(httpx.HTTPError):  # a goodbye; who leaves because something failed is coming back, and is not given up
                 client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
         finally:
@@ -251,8 +260,8 @@ def connected(server: Server, key: ec.EllipticCurvePrivateKey, most_at_work: int
 class Fleet:
     """What a node asks of its server: a message with all its parts, and to take a reply with all of its own."""
 
-    def __init__(self, client: FleetHttpClient, node: Node, most_at_work: int = 1) -> None:
-        self._client, self._node, self._minds = client, node, threading.Semaphore(most_at_work)
+    def __init__(self, client: FleetHttpClient, node: Node, arrival: "_Arrival", most_at_work: int = 1) -> None:
+        self._client, self._node, self._arrival, self._minds = client, node, arrival, threading.Semaphore(most_at_work)
         # A connection that breaks in the middle of an answer is made again, so that what was computed is not computed twice.
         self._retry = RetryInvoker(lambda: exponential(0.1, max_delay=1), httpx.TransportError, max_tries=None, max_time=RETRY_S)
 
@@ -263,16 +272,19 @@ class Fleet:
             The message, and the seconds that its parts took; None where there is none.
         """
         found = self._client.PullMessages(PullMessagesRequest(node=self._node))
-        heard = time.monotonic()
         if not found.messages_list:
             return None
-        tree, run_id = found.message_object_trees[0], message_from_proto(found.messages_list[0]).metadata.run_id
+        message = message_from_proto(found.messages_list[0])
+        if not message.has_content() or not message.content:  # its parts are to be fetched
+            message = self._fetched(found.message_object_trees[0], message.metadata.run_id)
+        return message, time.monotonic() - self._arrival.begun_s
+
+    def _fetched(self, tree: ObjectTree, run_id: int) -> Message:
         pull = make_pull_object_fn_protobuf(lambda request: self._retry.invoke(self._client.PullObject, request), self._node, run_id)
         parts = [part.object_id for part in iterate_object_tree(tree)]
-        contents = pull_objects(parts, pull, max_concurrent_pulls=1, initial_backoff=0.02, backoff_cap=0.5)
-        message: Any = inflate_object_from_contents(tree.object_id, contents)
+        message: Any = inflate_object_from_contents(tree.object_id, dict(zip(parts, _side_by_side(pull, parts), strict=True)))
         message.metadata.__dict__["_message_id"] = tree.object_id
-        return message, time.monotonic() - heard
+        return message
 
     def reply(self, message: Message, received_s: float, answer: Answer) -> None:
         """Answers a message.
@@ -292,7 +304,8 @@ class Fleet:
         reply.metadata.created_at, reply.metadata.ttl = message.metadata.created_at, message.metadata.ttl
         reply.metadata.__dict__["_message_id"] = reply.object_id
         with no_object_id_recompute():
-            head = remove_content_from_message(reply) if reply.has_content() else reply
+            objects = get_all_nested_objects(reply)
+            head = reply if len(objects) <= SHORT_PARTS else remove_content_from_message(reply)
             request = PushMessagesRequest(
                 node=self._node,
                 messages_list=[message_to_proto(head)],
@@ -300,10 +313,12 @@ class Fleet:
                 clientapp_runtime_list=[0.0],
             )
             taken = self._retry.invoke(self._client.PushMessages, request)
+            if not taken.objects_to_push:
+                return
             push = make_push_object_fn_protobuf(
                 lambda request: self._retry.invoke(self._client.PushObject, request), self._node, run_id, taken.session_id
             )
-            push_objects(get_all_nested_objects(reply), push, object_ids_to_push=set(taken.objects_to_push))
+            _side_by_side(lambda part: push(part, objects[part].deflate()), taken.objects_to_push)
         # Only now: a node that is killed in between gets the message again.
         make_confirm_message_received_fn_protobuf(
             lambda request: self._retry.invoke(self._client.ConfirmMessageReceived, request), self._node, run_id
@@ -317,22 +332,60 @@ class Fleet:
         return stamp(data, received_s, begun - received, time.monotonic() - begun)
 
 
+def _side_by_side(work: Callable[[Given], Found], given: Iterable[Given]) -> list[Found]:
+    """Results in the order of what is given; the first failure is raised, and what has not begun by then is left undone.
+
+    Flower's own functions take as many threads as there are processors, where these only wait for a link.
+    """
+    pool = ThreadPoolExecutor(PARTS_AT_ONCE, "part")
+    try:
+        return list(pool.map(work, given))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Arrival:
+    """When the latest answer to a question for work began to arrive: until then it was waited for, from then on it was received.
+
+    Attributes:
+        begun_s: That moment, by the clock that never goes back.
+    """
+
+    def __init__(self) -> None:
+        self.begun_s = time.monotonic()
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Sends a request; one for work with a note of when its headers came back."""
+        if isinstance(context.message, PullMessagesRequest):
+            context.request.extensions["trace"] = self._note
+        return call_next(context)
+
+    def _note(self, event: str, _details: object) -> None:
+        if event == _HEADERS_ARE_THERE:
+            self.begun_s = time.monotonic()
+
+
 class _Signature:
-    """Signs each request's time with the node's key; the time is the server's, once it has refused this machine's."""
+    """Signs each request's time with the node's key; the time is the server's, once it has refused this machine's.
+
+    No two requests have the same time, nor a later one an earlier time: the server takes each once (`seen_requests.py`).
+    """
 
     def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
         self._key, self._public_key = key, public_key_to_bytes(key.public_key())
-        self._ahead = datetime.timedelta()
+        self._ahead, self._latest, self._alone = datetime.timedelta(), _now(), threading.Lock()
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         """Sends a request with the signature that Flower's server expects, and again if it was our clock that was refused."""
         response = call_next(self._sign(context))
-        if response.status_code == _BAD_SIGNATURE and self._corrects(response):
+        if response.status_code in {_BAD_SIGNATURE, _SEEN_BEFORE} and self._corrects(response):
             response = call_next(self._sign(context))
         return response
 
     def _sign(self, context: ProtobufRequestContext) -> ProtobufRequestContext:
-        timestamp = (_now() + self._ahead).isoformat()
+        with self._alone:
+            self._latest = max(_now() + self._ahead, self._latest + datetime.timedelta(microseconds=1))
+            timestamp = self._latest.isoformat()
         signature = sign_message(self._key, timestamp.encode("ascii"))
         context.request.headers[TIMESTAMP_HEADER] = timestamp
         context.request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = b64encode(self._public_key).decode("ascii")
@@ -344,10 +397,11 @@ class _Signature:
             ahead = email.utils.parsedate_to_datetime(response.headers["date"]) - _now()
         except (KeyError, ValueError):
             return False
-        if abs(ahead - self._ahead).total_seconds() <= CLOCK_TOLERANCE_S:
-            return False
+        with self._alone:
+            if abs(ahead - self._ahead).total_seconds() <= CLOCK_TOLERANCE_S:
+                return False
+            self._ahead, self._latest = ahead, _now() + ahead
         _log.warning("this machine's clock is %.0f s off the server's, whose time is used from here on", -ahead.total_seconds())
-        self._ahead = ahead
         return True
 
 

@@ -11,31 +11,48 @@ With `fleet_node` one of the two files that touch what Flower does not promise t
     - A node that was killed counts as online for a minute, and Flower refuses its return until then. Its signature says who it is: let in.
     - What a node was given before it was killed is never given again. Here it is: our nodes confirm a message when they have answered.
     - A run is only served while a task of it sends heartbeats. Ours has none: it is running because we say so.
-    - A reply can be seen before its parts have arrived, and is in the way of another if its sender was killed: it counts when whole.
+    - A message can be seen before its parts have arrived: an order is handed out, and a reply counts, when it is whole. A reply that is
+      not is in the way of another if its sender was killed, and is taken away.
+    - Every part of a message is a request of its own, though a message has a field for its content. Short ones travel in it.
+    - A signature covers a time, not what is asked, and is good for five minutes as often as it is shown. Here it is good once.
 """
 
 import contextlib
+import datetime
 import hashlib
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping
+from base64 import b64decode
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio.to_thread
 import flwr
 import uvicorn
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import PlainTextResponse
+from fastapi import Depends, FastAPI, HTTPException, Request
 from flwr.app import Message
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, Status
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SUPERLINK_NODE_ID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    Status,
+)
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.task_identity import TaskIdentity
@@ -48,6 +65,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from cooperllm.errors import LinkError
+from cooperllm.link.envelope import SHORT_PARTS
+from cooperllm.link.request_limit import RequestLimit
+from cooperllm.link.seen_requests import SeenRequests
 
 KNOWN_FLOWER = "1.41.0"
 START_TIMEOUT_S, STOP_TIMEOUT_S = 30.0, 10.0
@@ -56,8 +76,6 @@ HOLD_S = 2.0
 
 MOST_HELD = 4000
 """Questions that may be open at the same time, each in a thread of its own."""
-LARGEST_REQUEST_BYTES = 64 << 20
-"""Larger requests are refused before they are read: what a device sends at once is cut into chunks of a few MB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +139,8 @@ class FleetServer:
         self._socket = _listening(address)
         self.address = Address(host=address.host, port=self._socket.getsockname()[1])
         tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": certificate.chain, "ssl_keyfile": certificate.key}
-        self._server = uvicorn.Server(uvicorn.Config(_app(self._state), log_config=None, access_log=False, lifespan="on", ws="none", **tls))
+        app = _app(self._state, _once(public_keys.values()))
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none", **tls))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="fleet", daemon=True)
 
     def __enter__(self) -> "FleetServer":
@@ -135,21 +154,24 @@ class FleetServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._state.is_ending = True
-        with self._state.news:
-            self._state.news.notify_all()
+        self._state.end()
         self._server.should_exit = True
         self._thread.join(STOP_TIMEOUT_S)
         self._socket.close()
 
     def wait_for_news(self, seconds: float) -> None:
-        """Waits until a message has been sent to or by a node, but not for long."""
+        """Waits until a node has sent a message or come in, but not for long."""
         with self._state.news:
             self._state.news.wait(seconds)
 
+    def worth_asking(self, message_ids: Iterable[str]) -> list[str]:
+        """Lists those messages that a reply has begun to arrive for."""
+        return [one for one in message_ids if one in self._state.message_ins_id_to_message_res_id]
+
     def forget(self, message_id: str) -> None:
-        """Takes a message back: an answer to it is not kept."""
+        """Takes a message back: neither it nor an answer to it is kept."""
         self._state.delete_messages({message_id})
+        self._state.object_store.delete(message_id)
 
     def online(self) -> set[int]:
         """Lists our numbers of the nodes that are there."""
@@ -162,21 +184,39 @@ class _State(InMemoryLinkState):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.news, self.is_ending = threading.Condition(), False
+        self._news_lock, self._is_ending = threading.RLock(), False
+        self.news = threading.Condition(self._news_lock)
+        # A node's question and its messages are looked up by its number: what goes through all of either is a tier's whole time at
+        # some hundred nodes. `news` and the nodes' own conditions have one lock.
         self._questions: dict[int, object] = {}
+        self._own_news: dict[int, threading.Condition] = defaultdict(lambda: threading.Condition(self._news_lock))
+        self._orders: dict[int, list[str]] = defaultdict(list)
 
     def store_message_and_object_tree(self, message: Message, object_tree: Any, session_id: str) -> tuple[bool, list[str]]:
-        """Takes a message, and wakes whoever waits for one."""
-        stored = super().store_message_and_object_tree(message, object_tree, session_id)
+        """Takes a message with the parts that came in it, and wakes whoever waits for one.
+
+        A reply that is whole says that its order has arrived: that is not kept for a word of its own.
+        """
+        run_id, order = message.metadata.run_id, message.metadata.reply_to_message_id
+        is_stored, missing = super().store_message_and_object_tree(remove_content_from_message(message), object_tree, session_id)
+        if missing:
+            parts = get_all_nested_objects(message)
+            missing = [one for one in missing if one not in parts or not self.store_object(run_id, session_id, one, parts[one].deflate())]
+        if order and not missing:
+            self.object_store.delete(order)
         with self.news:
-            self.news.notify_all()
-        return stored
+            if order:
+                self.news.notify_all()
+            elif is_stored:
+                self._orders[message.metadata.dst_node_id].append(message.metadata.message_id)
+                self._own_news[message.metadata.dst_node_id].notify_all()
+        return is_stored, missing
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
         """Waits a while for a message to a node: one request in two seconds, where looking often would fill a slow link.
 
         Who asks is there, though it may have missed that the server was away: its next heartbeat may be half a minute off. An older
-        question of the same node is nobody's any more.
+        question of the same node is nobody's any more. A short message is handed out with its content.
         """
         if node_id == SUPERLINK_NODE_ID:
             return super().get_message_ins(node_id, limit, run_id=run_id)
@@ -184,19 +224,54 @@ class _State(InMemoryLinkState):
         self.acknowledge_node_heartbeat(node_id, HEARTBEAT_DEFAULT_INTERVAL)
         with self.news:
             self._questions[node_id] = question
+            self._own_news[node_id].notify_all()
             self.news.notify_all()
-            while not self.is_ending and self._questions.get(node_id) is question:
-                found = super().get_message_ins(node_id, limit, run_id=run_id)
-                left = deadline - time.monotonic()
-                if found or left <= 0:
-                    return found
-                self.news.wait(left)
+            while not self._is_ending and self._questions.get(node_id) is question:
+                found, left = self._next(node_id), deadline - time.monotonic()
+                if found is not None:
+                    return [self._whole_if_short(found)]
+                if left <= 0:
+                    return []
+                self._own_news[node_id].wait(left)
             return []
+
+    def end(self) -> None:
+        """Answers every question that is open: there is nothing."""
+        with self.news:
+            self._is_ending = True
+            for condition in (self.news, *self._own_news.values()):
+                condition.notify_all()
+
+    def _next(self, node_id: int) -> Message | None:
+        """Takes the oldest message to a node that it was not given yet, as Flower does for all of them."""
+        with self.lock:
+            self._check_stored_messages(set(self._orders[node_id]))
+            self._orders[node_id] = [one for one in self._orders[node_id] if one in self.message_ins_store]
+            for message_id in self._orders[node_id]:
+                message = self.message_ins_store[message_id]
+                if not message.metadata.delivered_at:
+                    message.metadata.delivered_at = now().isoformat()
+                    return message
+        return None
+
+    def _whole_if_short(self, message: Message) -> Message:
+        name = message.metadata.message_id
+        try:
+            parts = [part.object_id for part in iterate_object_tree(self.object_store.get_object_tree(name))]
+        except NoObjectInStoreError:  # taken back meanwhile; Flower's route says so
+            return message
+        contents = {part: content for part in parts if len(parts) <= SHORT_PARTS and (content := self.object_store.get(part))}
+        if len(contents) < len(parts):
+            return message
+        whole: Any = inflate_object_from_contents(name, contents)
+        whole.metadata.__dict__["_message_id"] = name
+        return whole
 
     def _give_again(self, node_id: int) -> None:
         with self.lock:
-            for message_id, message in self.message_ins_store.items():
-                if message.metadata.dst_node_id == node_id and not self._has_whole_reply(message_id):
+            for message_id in self._orders[node_id]:
+                message = self.message_ins_store.get(message_id)
+                if message is not None and not self._has_whole_reply(message_id):
                     self.message_res_store.pop(self.message_ins_id_to_message_res_id.pop(message_id, ""), None)
                     message.metadata.delivered_at = ""
 
@@ -223,6 +298,7 @@ class _State(InMemoryLinkState):
         """
         with self.news:
             self._questions.pop(node_id, None)
+            self._own_news[node_id].notify_all()
             self.news.notify_all()
         with self.lock:  # at no moment is the node away for whoever waits for it
             self.deactivate_node(node_id)
@@ -250,12 +326,14 @@ class _Grid(HttpGrid):
     def __init__(self, state: _State, run_id: int) -> None:
         super().__init__(token="none: no port is crossed")
         self._client: Any = _Direct(state, Task(run_id=run_id))
+        self._news = state.news
         self.set_run(state.get_run_info(run_ids=[run_id])[0])
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
 
     def push_messages(self, messages: Any) -> Any:
-        """Takes a list: Flower goes through it twice."""
-        return super().push_messages(list[Message](messages))
+        """Takes a list, since Flower goes through it twice; nobody sees a message before all its parts are there."""
+        with self._news:
+            return super().push_messages(list[Message](messages))
 
 
 class _Direct:
@@ -289,38 +367,22 @@ class _Direct:
         return runtime_handlers.confirm_message_received(request, **self._given)
 
 
-class _Factory:
-    """Hands Flower's routes the one state there is."""
+def _once(public_keys: Iterable[bytes]) -> Callable[[Request], Awaitable[None]]:
+    """Makes the check that a request is taken once, of those whose signature was found right."""
+    since = _now() - datetime.timedelta(seconds=SYSTEM_TIME_TOLERANCE)
+    seen = {key: SeenRequests(since) for key in public_keys}
 
-    def __init__(self, state: _State) -> None:
-        self.state = lambda: state
+    async def check(request: Request) -> None:  # not in a thread: one request after the other
+        if not hasattr(request.state, "protobuf_request"):
+            return  # it is refused for its form, and nobody has looked at its signature
+        known = seen.get(b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER]))
+        if known is not None and not known.admit(datetime.datetime.fromisoformat(request.headers[TIMESTAMP_HEADER])):
+            raise HTTPException(409, "seen before, or signed before what has been seen: sign another one")
 
-
-class _Limit:
-    """Refuses a request that announces, or turns out to have, more than `LARGEST_REQUEST_BYTES`."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        seen = 0
-
-        async def counted() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > LARGEST_REQUEST_BYTES:
-                raise HTTPException(413)
-            return message
-
-        lengths = [value for name, value in scope.get("headers", ()) if name == b"content-length"]
-        if any(not value.isdigit() or int(value) > LARGEST_REQUEST_BYTES for value in lengths):
-            await PlainTextResponse("too large", 413)(scope, receive, send)
-        else:
-            await self._app(scope, counted, send)
+    return check
 
 
-def _app(state: _State) -> FastAPI:
+def _app(state: _State, once: Callable[[Request], Awaitable[None]]) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None, None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = MOST_HELD
@@ -332,15 +394,20 @@ def _app(state: _State) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         middleware=[
-            Middleware(_Limit),
+            Middleware(RequestLimit),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
         ],
     )
-    app.state.linkstate_factory, app.state.enable_supernode_auth, app.state.fleet_event_log_plugin = _Factory(state), True, None
-    app.include_router(fleet_router)
+    app.state.linkstate_factory = SimpleNamespace(state=lambda: state)  # what Flower's routes ask for the state
+    app.state.enable_supernode_auth, app.state.fleet_event_log_plugin = True, None
+    app.include_router(fleet_router, dependencies=[Depends(once)])
     return app
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _listening(address: Address) -> socket.socket:

@@ -207,7 +207,7 @@ class GridLink:
     def _replies(self, pending: dict[str, int], deadline: float) -> Iterator[tuple[int, Message]]:
         while pending:
             with _engine("receiving"):
-                messages = list(self._grid.pull_messages(list(pending)))
+                messages = list(self._grid.pull_messages(self._worth_asking(pending)))
             yield from ((pending.pop(message.metadata.reply_to_message_id), message) for message in messages)
             for message_id in [message_id for message_id, number in pending.items() if self._is_gone(number)]:
                 del pending[message_id]
@@ -216,6 +216,10 @@ class GridLink:
                 for message_id in pending:
                     self._give_up(message_id)
                 return
+
+    def _worth_asking(self, pending: dict[str, int]) -> list[str]:
+        """Messages that there may be a reply to."""
+        return list(pending)
 
     def _give_up(self, _message_id: str) -> None:
         """Nobody waits for an answer any longer."""
