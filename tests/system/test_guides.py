@@ -1,0 +1,31 @@
+"""The guides, run: every command in them, one after the other, in an empty directory.
+
+Run: pytest tests/system/test_guides.py
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GUIDES = sorted((Path(__file__).resolve().parents[2] / "docs" / "guides").glob("*.md"))
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_every_command_of_a_guide_works_as_it_stands(guide, tmp_path):
+    commands = re.findall(r"^```sh\n(.*?)^```$", guide.read_text(encoding="utf8"), re.MULTILINE | re.DOTALL)
+    assert len(commands) >= 3
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "100"}
+    script = "set -euo pipefail\ntrap 'kill $(jobs -p) 2> /dev/null || true' EXIT\n" + "\n".join(commands)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580, check=False)
+    words = "".join(log.read_text() for log in tmp_path.glob("*.log"))
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}\n{words[-3000:]}"
+    assert "Traceback" not in done.stderr + words
+
+
+def test_the_readme_leads_to_every_guide():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf8")
+    assert [guide.name for guide in GUIDES if f"docs/guides/{guide.name}" not in readme] == []
