@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit system faults clean
+.PHONY: help setup demo test check unit system faults reference clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -43,5 +43,8 @@ SEQUENCES ?= 20
 faults: $(STAMP)  ## every fault by name, then SEQUENCES=20 random sequences of kills of real processes; half an hour
 	OMP_NUM_THREADS=1 COOPERLLM_FAULT_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest tests/faults -v
 
+reference: $(STAMP)  ## the reference of the Python interface, from docstrings: reference/index.html
+	$(BIN)/python -m pdoc --docformat google --output-directory reference cooperllm $(patsubst src/cooperllm/%,cooperllm.%,$(basename $(filter-out %__,$(basename $(wildcard src/cooperllm/*.py src/cooperllm/[a-z]*)))))
+
 clean:  ## remove the environment and caches; runs stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache reference

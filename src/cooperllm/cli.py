@@ -251,6 +251,33 @@ def export_metrics_command(
     console.print(f"{len(written)} written; look at them with: tensorboard --logdir {tensorboard}", highlight=False, soft_wrap=True)
 
 
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="A run directory or a comparison.")],
+    arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a comparison.")] = None,
+    max_texts: Annotated[int, typer.Option("--max-texts", min=1, help="Answers that are generated at most.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 128,
+) -> None:
+    """Judge a trained model on all held-out texts: accuracy and loss, for completions perplexity, exact match and ROUGE-L."""
+    from cooperllm import comparison, pretrained  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.evaluation import evaluate  # noqa: PLC0415 -- of the extra `cloud`
+
+    pretrained.hush()
+    with console.status("judging held-out texts") as status:
+        found = evaluate(
+            comparison.run_of(run, arm), max_texts=max_texts, max_new_tokens=max_new_tokens,
+            observe=lambda done, count: status.update(f"answer {done} of {count}"),
+        )  # fmt: skip
+    if found.exact_match is None or found.rouge_l is None:
+        console.print(f"{found.num_texts} test texts: accuracy {found.accuracy:.1%}, loss {found.loss:.4f}", highlight=False)
+        return
+    console.print(
+        f"{found.num_texts} test texts: loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, right tokens {found.accuracy:.1%}\n"
+        f"{found.num_answers} answers: exact match {found.exact_match:.1%}, ROUGE-L {found.rouge_l:.3f}",
+        highlight=False,
+    )
+
+
 @app.command("package")
 def package_command(
     target: Annotated[Path, typer.Argument(help="Directory to write.")],

@@ -298,23 +298,33 @@ def _checkpoint(config: RunConfig, cloud: Cloud) -> Checkpoint:
 
 def _evaluated(assembly: Assembly, cloud: Cloud) -> dict[str, float]:
     """Accuracy and mean loss of the current θ on the held-out texts."""
-    accuracy, loss = _judged(assembly.material.model, assembly.material.test, cloud)
+    model, theta = assembly.material.model, cloud.replica.theta
+    accuracy, loss = judged(model, assembly.material.test, theta)
     figures = {"accuracy": accuracy, "loss": loss}
     if assembly.config.validates:
-        accuracy, loss = _judged(assembly.material.model, assembly.material.validation, cloud)
+        accuracy, loss = judged(model, assembly.material.validation, theta)
         figures |= {"validation_accuracy": accuracy, "validation_loss": loss}
     return figures
 
 
-def _judged(model: Model, examples: Examples, cloud: Cloud) -> tuple[float, float]:
-    """Share of targets with the highest score, and their mean loss; examples are sorted by length, so that little is padding."""
-    theta = torch.from_numpy(cloud.replica.theta.copy())
+def judged(model: Model, examples: Examples, theta: Float32[np.ndarray, "n"]) -> tuple[float, float]:
+    """Judges a model on held-out examples; they are sorted by length, so that little is padding.
+
+    Args:
+        model: The network.
+        examples: At least one.
+        theta: θ, shape [n].
+
+    Returns:
+        (share of targets with the highest score; their mean loss).
+    """
+    point = torch.from_numpy(theta.copy())
     order = sorted(range(len(examples)), key=lambda index: len(examples.token_ids[index]))
     correct, loss, count = 0, 0.0, examples.num_targets(order)
     with torch.inference_mode():
         for start in range(0, len(order), EVALUATION_BATCH):
             batch = model.batch(examples, order[start : start + EVALUATION_BATCH])
-            scores = model.scores(theta, batch)
+            scores = model.scores(point, batch)
             correct += int((scores.argmax(1) == batch.labels).sum())
             loss += float(torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum"))
     # JSON has no word for infinity, which a diverged run may reach.

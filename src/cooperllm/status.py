@@ -113,11 +113,12 @@ def status_words(status: Status) -> str:
         return head
     last = status.rounds[-1]
     accuracy = f"; accuracy {status.accuracies[-1][1]:.1%} after round {status.accuracies[-1][0]}" if status.accuracies else ""
+    loss = "no loss" if last["private_loss"] is None else f"loss {last['private_loss']:.3f}"
     lost = ", ".join(f"{count} {outcome}" for outcome, count in status.dropped.items()) or "none"
     answered = ", ".join(map(str, last["answered"])) or "none"
     return "\n".join((
         head,
-        f"last round: {status.last_closed_s:.0f} s ago, took {last['seconds']:.1f} s, loss {last['private_loss']}{accuracy}",
+        f"last round: {status.last_closed_s:.0f} s ago, took {last['seconds']:.1f} s, {loss}{accuracy}",
         f"devices that answered in it: {answered}",
         f"reports not used so far: {lost}",
         f"bytes to devices {status.total('bytes_down')}, from devices {status.total('bytes_up')}, "

@@ -26,6 +26,24 @@ def test_every_command_of_a_guide_works_as_it_stands(guide, tmp_path):
     assert "Traceback" not in done.stderr + words
 
 
+def test_the_reference_is_built_from_docstrings(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pdoc",
+        "--docformat",
+        "google",
+        "--output-directory",
+        str(tmp_path),
+        "cooperllm",
+        "cooperllm.comparison",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warn" not in done.stderr
+    assert "Memory for all processes at their peaks" in (tmp_path / "cooperllm" / "comparison.html").read_text()
+
+
 def test_the_readme_leads_to_every_guide():
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf8")
     assert [guide.name for guide in GUIDES if f"docs/guides/{guide.name}" not in readme] == []

@@ -22,6 +22,7 @@ from cooperllm.cloud import GuideMaker
 from cooperllm.config import AdapterKind, ArmName, EngineName, ModelConfig, Objective, Partition, from_plain, to_plain
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError
+from cooperllm.evaluation import evaluate
 from cooperllm.prompts import frame_of
 from cooperllm.run_directory import RunDirectory
 
@@ -243,6 +244,24 @@ def test_a_model_of_classes_names_them_likeliest_first(tmp_path):
     assert {part.split()[0] for part in result.output.strip().split(", ")} == {"negative", "positive"}
     assert found == sorted(found, reverse=True)
     assert sum(found) == pytest.approx(100, abs=0.11)  # each rounded to a tenth
+
+
+def test_answers_are_judged_beside_what_was_to_be_said(finished):
+    """A model that answers every text with the one right word: all of them exact, and every target of theirs the likeliest."""
+    found = evaluate(finished.path, max_texts=3)
+    assert (found.exact_match, found.rouge_l, found.num_answers, found.accuracy) == (1, 1, 3, 1)
+    assert found.loss == pytest.approx(finished.summary["arms"]["feedback"]["final_loss"], rel=1e-6)
+    result = CliRunner().invoke(app, ["evaluate", str(finished.path), "--max-texts", "2", "--max-new-tokens", "1"])
+    assert result.exit_code == 0, result.output
+    assert "exact match 0.0%, ROUGE-L 0.000" in result.output  # one byte of two
+    assert f"perplexity {found.perplexity:.2f}" in result.output
+
+
+def test_a_model_of_classes_is_judged_by_accuracy(tmp_path):
+    run = cooperllm.run(replace(cooperllm.recipe("tiny").config, engine=EngineName.LOOPBACK, num_rounds=1), tmp_path / "run")
+    entry = run.summary["arms"]["feedback"]
+    result = CliRunner().invoke(app, ["evaluate", str(run.path)])
+    assert result.output.strip() == f"40 test texts: accuracy {entry['final_accuracy']:.1%}, loss {entry['final_loss']:.4f}"
 
 
 def test_nothing_to_answer_is_refused(finished):
