@@ -12,6 +12,7 @@ from cooperllm import data, models
 from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
+from cooperllm.answers import judge_of
 from cooperllm.cloud import Cloud, GuideMaker, MapFitter
 from cooperllm.config import UNLABELLED, ArmName, Objective, RunConfig, RuntimeName, SlopeMethod, Variant
 from cooperllm.data import Task, Texts
@@ -60,6 +61,7 @@ class Material:
             ConfigError: See `data.load`, `data.partition` and `models.load`; also if an arm cannot train this kind of adapter, or needs
                 public labels that are not there.
         """
+        judge_of(self._config.device_score)
         _ = self.shards, self.model  # loading is the check; not in an assertion, which -O would leave out
         if any(arm(name).has_maps for name in arms) and not self.model.adapted.is_complete:
             raise ConfigError(
@@ -165,8 +167,9 @@ class Assembly:
         material = self.material
         adjustment = self.config.federation.label_adjustment
         if self.config.runtime is RuntimeName.TORCH:
+            judge = judge_of(self.config.device_score)
             runtimes: Sequence[Runtime] = [
-                TorchForward(material.model, material.private, shard.tolist(), self.config.activation_mib, adjustment)
+                TorchForward(material.model, material.private, shard.tolist(), self.config.activation_mib, adjustment, judge)
                 for shard in material.shards
             ]
         else:

@@ -1,11 +1,8 @@
 """A trained model on held-out texts: loss and accuracy, and for completions what it says when asked, beside what was to be said.
 
-    perplexity  = exp(mean loss of a token)
-    exact match = share of answers that are the completion, white space at both ends aside
-    ROUGE-L     = F-measure of the longest common subsequence of words, mean over texts
+    perplexity = exp(mean loss of a token)
 
-References:
-    Lin, 2004, ROUGE: a package for automatic evaluation of summaries. Computed by the package rouge-score.
+Exact match and ROUGE-L are means over texts, `answers`.
 """
 
 import math
@@ -13,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cooperllm.answers import exact_match, rouge
 from cooperllm.config import Objective
-from cooperllm.errors import ConfigError
 from cooperllm.session import judged, trained
 
 
@@ -67,14 +64,14 @@ def evaluate(
     accuracy, loss = judged(model, examples, theta)
     if model.config.objective is not Objective.NEXT_TOKEN or texts.completions is None:
         return Evaluation(loss=loss, accuracy=accuracy, num_texts=len(examples))
-    rouge, count, exact = _rouge_l(), min(max_texts, len(texts)), 0
+    longest, count, exact = rouge("rougeL"), min(max_texts, len(texts)), 0.0
     shares = list[float]()
     for number in range(count):
         words, said = texts.completions[number], list[str]()
         other = "" if texts.second_texts is None else texts.second_texts[number]
         model.say(theta, texts.texts[number], other, said.append, max_new_tokens=max_new_tokens)
-        exact += "".join(said).strip() == words.strip()
-        shares.append(rouge(words, "".join(said)))
+        exact += exact_match(words, "".join(said))
+        shares.append(longest(words, "".join(said)))
         if observe is not None:
             observe(number + 1, count)
     return Evaluation(
@@ -85,14 +82,3 @@ def evaluate(
         rouge_l=math.fsum(shares) / count,
         num_answers=count,
     )
-
-
-def _rouge_l() -> Callable[[str, str], float]:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 -- of the extra `evaluate`
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "evaluate: found no package rouge-score, which compares completions; pip install 'cooperllm[evaluate]'"
-        ) from error
-    scorer = RougeScorer(["rougeL"])
-    return lambda words, said: float(scorer.score(words, said)["rougeL"].fmeasure)

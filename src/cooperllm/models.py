@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,45 +32,13 @@ from cooperllm.completion import Frame, num_targets, sequences, targets
 from cooperllm.config import UNLABELLED, AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import FrozenPrefix, original_layers
+from cooperllm.layout import Layout
 from cooperllm.pretrained import Telling, adapted, pretrained
 from cooperllm.prompts import frame_of
 from cooperllm.widths import Widths
 
 CONTEXT = 1024
 """Tokens that a model which says nothing of its context is given at most."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """Where each trained tensor lies in θ.
-
-    Attributes:
-        names: Parameter names inside the module.
-        shapes: Their shapes, in the same order.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Number of values of each tensor."""
-        return tuple(math.prod(shape) for shape in self.shapes)
-
-    @property
-    def size(self) -> int:
-        """n, the length of θ."""
-        return sum(self.sizes)
-
-    @property
-    def ranges(self) -> dict[str, tuple[int, int]]:
-        """Half-open range of each tensor in θ."""
-        return dict(zip(self.names, pairwise(accumulate(self.sizes, initial=0)), strict=True))
-
-    def views(self, theta: Float[Tensor, "n"]) -> dict[str, Tensor]:
-        """Returns θ as named tensors that share its memory."""
-        parts = torch.split(theta, list(self.sizes))
-        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -323,19 +290,52 @@ class Model:
             tell: Called with words as they come.
             max_new_tokens: Tokens at most, >= 1.
         """
+        room = max(self._context // 2, self._context - max_new_tokens)
+        ids, _ = self.frame.prompt_ids(self._tokens, self._tokenizer.decode, text, text2, room)
+        with self._at(self.layout.views(torch.from_numpy(theta.copy()))):
+            self._generated(ids, max_new_tokens, Telling(self._tokenizer, tell))
+
+    def answers(self, theta: Float32[np.ndarray, "n"], examples: Examples, indices: Sequence[int]) -> list[tuple[str, str]]:
+        """Asks a model of next tokens the prompts of examples; an answer twice as long as its completion is cut there.
+
+        Args:
+            theta: Parameters.
+            examples: With completions.
+            indices: Which of them.
+
+        Returns:
+            (what was wanted, what was said) for each.
+        """
+        assert examples.starts is not None, "answers are asked of a model of next tokens"
+        found = list[tuple[str, str]]()
+        with self._at(self.layout.views(torch.from_numpy(theta.copy()))):
+            for index in indices:
+                row, start = examples.token_ids[index].tolist(), int(examples.starts[index])
+                said = self._generated(row[:start], 2 * (len(row) - start), None)
+                found.append((self._words(row[start:]), self._words(said)))
+        return found
+
+    @property
+    def _context(self) -> int:
+        config: Any = self.network.get_submodule("backbone").config
+        return getattr(config, "max_position_embeddings", None) or CONTEXT
+
+    def _words(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _generated(self, ids: Sequence[int], most: int, streamer: Any) -> list[int]:
         backbone: Any = self.network.get_submodule("backbone")
-        longest = getattr(backbone.config, "max_position_embeddings", None) or CONTEXT
-        ids, _ = self.frame.prompt_ids(self._tokens, self._tokenizer.decode, text, text2, max(longest // 2, longest - max_new_tokens))
-        with self._at(self.layout.views(torch.from_numpy(theta.copy()))), torch.inference_mode():
-            backbone.generate(
+        with torch.inference_mode():
+            row = backbone.generate(
                 input_ids=torch.tensor([ids]),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                streamer=Telling(self._tokenizer, tell),
-                max_new_tokens=min(max_new_tokens, longest - len(ids)),
+                streamer=streamer,
+                max_new_tokens=min(most, self._context - len(ids)),
                 do_sample=False,
                 eos_token_id=self.frame.end[0] if self.frame.end else None,
                 pad_token_id=self.pad_id,
-            )
+            )[0]
+        return row[len(ids) :].tolist()
 
     @contextmanager
     def _at(self, views: Mapping[str, Tensor]) -> Generator[None]:

@@ -15,14 +15,28 @@ from typer.testing import CliRunner
 
 import cooperllm
 from cooperllm import models, pretrained
-from cooperllm.algorithm import replay
+from cooperllm.algorithm import replay, zeroth_order
+from cooperllm.answers import judge_of
 from cooperllm.assembly import assemble
 from cooperllm.cli import app
 from cooperllm.cloud import GuideMaker
-from cooperllm.config import AdapterKind, ArmName, EngineName, ModelConfig, Objective, Partition, from_plain, to_plain
+from cooperllm.config import (
+    AdapterKind,
+    ArmName,
+    DeviceScore,
+    EngineName,
+    ModelConfig,
+    Objective,
+    Partition,
+    RuntimeName,
+    SlopeMethod,
+    from_plain,
+    to_plain,
+)
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError
 from cooperllm.evaluation import evaluate
+from cooperllm.listening import Listener
 from cooperllm.prompts import frame_of
 from cooperllm.run_directory import RunDirectory
 
@@ -262,6 +276,59 @@ def test_a_model_of_classes_is_judged_by_accuracy(tmp_path):
     entry = run.summary["arms"]["feedback"]
     result = CliRunner().invoke(app, ["evaluate", str(run.path)])
     assert result.output.strip() == f"40 test texts: accuracy {entry['final_accuracy']:.1%}, loss {entry['final_loss']:.4f}"
+
+
+def test_devices_measure_scores_of_what_the_model_says(finished):
+    """At the end of training every answer is right, at the start none; slopes between the two points are those of the score."""
+    listener = Listener.of(finished.path)
+    model, theta = listener.model, listener.theta
+    material = assemble(RunDirectory(finished.path)).material
+    start = model.initial_parameters(0)
+    for score in (DeviceScore.EXACT_MATCH, DeviceScore.F1):
+        device = TorchForward(model, material.private, range(6), None, 1.0, judge_of(score))
+        evaluate_, at_once = device.evaluate([0, 2, 4])
+        assert at_once == 1
+        np.testing.assert_array_equal(evaluate_(np.stack([theta, start])), [0, 1])
+        half = (theta + start) / 2
+        (slope,) = zeroth_order.slopes(evaluate_, half, [(theta - start) / 2], 1.0, points_per_pass=1)
+        assert slope == pytest.approx(-0.5)  # from one to nothing over two half-steps
+
+
+def test_answers_are_those_of_plain_generation(finished):
+    listener = Listener.of(finished.path)
+    examples = listener.model.encode(["text 3", "text 5"], None, [], ["ok", "no"])
+    assert listener.model.answers(listener.theta, examples, [1, 0]) == [("no", "ok"), ("ok", "ok")]
+
+
+@pytest.mark.parametrize("arm", [ArmName.MEZO_FL, ArmName.MEASURED])
+def test_a_run_on_a_score_without_a_derivative_replays(tmp_path, arm):
+    config = tiny(arm, num_rounds=2, device_score=DeviceScore.F1)
+    config = replace(config, federation=replace(config.federation, batch_size=2), arm=replace(config.arm, queries=2))
+    run = cooperllm.run(config, tmp_path / "run")
+    files = RunDirectory(run.path)
+    replica = assemble(files).start
+    for update in files.updates():
+        replica = replay.apply(replica, update, files.config().optimizer)
+    assert replica.state_hash == files.updates()[-1].theta_hash
+    assert all(0 <= row["private_loss"] <= 1 for row in files.rounds())
+
+
+@pytest.mark.parametrize(
+    ("arm", "changes", "sentence"),
+    [
+        (ArmName.FEEDBACK, {}, "device_score: found 'f1', expected loss for the arm feedback"),
+        (ArmName.MEZO_FL, {"runtime": RuntimeName.ONNX}, "expected loss, or --runtime torch and two-sided slopes"),
+        (ArmName.MEZO_FL, {"slope_method": SlopeMethod.FORWARD_MODE}, "expected loss, or --runtime torch and two-sided slopes"),
+    ],
+)
+def test_a_score_that_nothing_could_measure_is_refused(arm, changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        tiny(arm, device_score=DeviceScore.F1, **changes)
+
+
+def test_answers_are_compared_with_completions():
+    with pytest.raises(ConfigError, match="device_score: found 'f1', expected loss, or the objective next-token with a completion column"):
+        replace(cooperllm.recipe("tiny").with_arm(ArmName.MEZO_FL), device_score=DeviceScore.F1)
 
 
 def test_nothing_to_answer_is_refused(finished):

@@ -10,6 +10,7 @@ from cooperllm.config.arm import (
     queries_of_estimates,
 )
 from cooperllm.config.run import (
+    DeviceScore,
     EngineName,
     OptimizerConfig,
     OptimizerKind,
@@ -41,6 +42,7 @@ __all__ = [
     "ArmConfig",
     "ArmName",
     "DataConfig",
+    "DeviceScore",
     "EngineName",
     "FederationConfig",
     "ModelConfig",

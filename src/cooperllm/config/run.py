@@ -34,6 +34,20 @@ STALE_ARMS = frozenset({
 """Arms whose steps can be made from answers about an earlier θ: none is named along that θ's momentum or public gradients."""
 
 
+class DeviceScore(Enum):
+    """What devices measure slopes of: the loss, or, generating answers, one less a score of them that has no derivative."""
+
+    LOSS = "loss"
+    EXACT_MATCH = "exact-match"
+    F1 = "f1"
+
+
+SLOPE_ARMS = frozenset({
+    ArmName.MEASURED, ArmName.PAPER, ArmName.MEZO_FL, ArmName.DECOMFL, ArmName.FEDKSEED, ArmName.FWDLLM, ArmName.WARM_START
+})  # fmt: skip
+"""Arms whose devices measure slopes along directions, of whatever gives a number."""
+
+
 class Variant(Enum):
     """How a device package keeps the frozen weights."""
 
@@ -110,6 +124,7 @@ class RunConfig:
         activation_mib: Memory that the points of one batched pass may take on a device, > 0; None evaluates one point at a time, or in
             forward mode one point with four directions.
         slope_method: How devices measure slopes; arms that ask their devices for none are the same with either.
+        device_score: What they measure slopes of.
     """
 
     recipe: str = "demo"
@@ -127,6 +142,7 @@ class RunConfig:
     runtime: RuntimeName = RuntimeName.TORCH
     activation_mib: float | None = None
     slope_method: SlopeMethod = SlopeMethod.TWO_SIDED
+    device_score: DeviceScore = DeviceScore.LOSS
 
     def __post_init__(self) -> None:
         check(self.num_rounds >= 1, "num_rounds", self.num_rounds, ">= 1")
@@ -154,6 +170,16 @@ class RunConfig:
         for side, source in (("public", self.data.public), ("private", private)):
             expected = f"none for the objective {self.model.objective.value}: completions are for next-token"
             check(is_next_token or source.completion_column is None, f"data.{side}.completion_column", source.completion_column, expected)
+        if self.device_score is not DeviceScore.LOSS:
+            found = self.device_score.value
+            says = is_next_token and private.completion_column is not None
+            check(says, "device_score", found, "loss, or the objective next-token with a completion column: answers are compared with it")
+            measures = self.arm.name in SLOPE_ARMS
+            check(
+                measures, "device_score", found, f"loss for the arm {self.arm.name.value}: a score of answers has slopes, and no gradient"
+            )
+            on_torch = self.runtime is RuntimeName.TORCH and self.slope_method is SlopeMethod.TWO_SIDED
+            check(on_torch, "device_score", found, "loss, or --runtime torch and two-sided slopes: packages do not generate")
         asks_maps = is_next_token and self.arm.name is ArmName.FEEDBACK and self.arm.map_examples > 0
         check(not asks_maps, "arm.map_examples", self.arm.map_examples, "0 for the objective next-token: maps are fitted for class scores")
 

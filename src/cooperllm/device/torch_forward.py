@@ -5,6 +5,7 @@ No graph is built, no gradient is kept, and θ enters as views of a perturbed co
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +17,7 @@ from cooperllm.algorithm import feedback
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.rounding import NO_ROUNDING, Rounding
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
+from cooperllm.answers import Judge
 from cooperllm.config import AdapterKind, ModelConfig
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE, score_shift
 
@@ -36,6 +38,10 @@ class ForwardModel(Protocol):
         """Returns scores [R, C]."""
         ...
 
+    def answers(self, theta: Float32[np.ndarray, "n"], examples: Any, indices: Sequence[int]) -> list[tuple[str, str]]:
+        """Generates answers: (what was wanted, what was said)."""
+        ...
+
     def checkpointed(self) -> AbstractContextManager[None]:
         """Within it, layers keep their inputs alone for a backward pass."""
         ...
@@ -53,13 +59,19 @@ class TorchForward:
     """
 
     def __init__(
-        self, model: ForwardModel, examples: Any, shard: Sequence[int], activation_mib: float | None, adjustment: float = 0.0
+        self,
+        model: ForwardModel,
+        examples: Any,
+        shard: Sequence[int],
+        activation_mib: float | None,
+        adjustment: float = 0.0,
+        judge: Judge | None = None,
     ) -> None:
-        """Takes one device's part of the examples; `adjustment` is τ of `algorithm.label_adjustment`."""
+        """Takes one device's part of the examples; `adjustment` is τ of `algorithm.label_adjustment`, a judge takes the loss's place."""
         self._model = model
         self._examples = examples
         self.shard = list(shard)
-        self._limit_mib = activation_mib
+        self._limit_mib, self._judge = activation_mib, judge
         self._shift = torch.from_numpy(score_shift(examples, self.shard, model.num_classes, adjustment))
 
     @property
@@ -73,6 +85,8 @@ class TorchForward:
 
     def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:
         """Pads a batch once and returns its loss as a function of points, with the number of points that fit the memory budget."""
+        if self._judge is not None:
+            return partial(self._misses, self._judge, [self.shard[position] for position in chosen]), 1
         batch = self._model.batch(self._examples, [self.shard[position] for position in chosen])
 
         def loss(theta: torch.Tensor) -> torch.Tensor:
@@ -87,6 +101,11 @@ class TorchForward:
                     return torch.func.vmap(loss)(theta).float().numpy()
 
         return losses, self._points_per_pass(batch, 1)
+
+    def _misses(self, judge: Judge, indices: Sequence[int], points: Float32[np.ndarray, "P n"]) -> Float32[np.ndarray, "P"]:
+        """One less the mean score of the answers at each point."""
+        answers = [self._model.answers(point, self._examples, indices) for point in points]
+        return np.array([1 - np.mean([judge(*answer) for answer in found]) for found in answers], np.float32)
 
     def differentiate(self, chosen: Sequence[int]) -> tuple[Differentiate, int]:
         """Returns a batch's loss and its derivatives by PyTorch's own forward mode: the loss once, the directions side by side."""

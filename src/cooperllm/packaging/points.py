@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cooperllm.errors import ConfigError
-from cooperllm.models import Layout
+from cooperllm.layout import Layout
 from cooperllm.wrapped_forward import forward_wrapped
 
 IA3 = ".ia3_l."
