@@ -118,7 +118,7 @@ def status_words(status: Status) -> str:
     answered = ", ".join(map(str, last["answered"])) or "none"
     return "\n".join((
         head,
-        f"last round: {status.last_closed_s:.0f} s ago, took {last['seconds']:.1f} s, {loss}{accuracy}",
+        f"last round: {max(status.last_closed_s or 0.0, 0.0):.0f} s ago, took {last['seconds']:.1f} s, {loss}{accuracy}",
         f"devices that answered in it: {answered}",
         f"reports not used so far: {lost}",
         f"bytes to devices {status.total('bytes_down')}, from devices {status.total('bytes_up')}, "

@@ -362,7 +362,7 @@ def test_status_says_where_a_run_is_from_its_files_alone(tmp_path):
     with files.locked():
         said = status_words(read_status(files.path, now)).splitlines()
     assert said[0] == "demo, feedback, seed 0: round 2 of 3; a process is working on it"
-    assert "took 0.5 s, loss 0.6; accuracy 75.0% after round 1" in said[1]
+    assert "took 0.5 s, loss 0.600; accuracy 75.0% after round 1" in said[1]
     assert said[2:] == [
         "devices that answered in it: 2, 4",
         "reports not used so far: 3 lost",
