@@ -133,7 +133,7 @@ def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_class
         raise ConfigError(f"model.label_words: found {config.label_words}, expected {num_classes} words, one per class")
     if config.objective is Objective.LABEL_TEXTS:
         return partial(LabelTexts, label_embeddings=_label_embeddings(config, backbone, tokenizer))
-    return partial(LabelWords, word_ids=_word_ids(tokenizer, config.label_words))
+    return partial(LabelWords, word_ids=_word_ids(tokenizer, config.prompt, config.label_words))
 
 
 def _mean_state(backbone: nn.Module, token_ids: Tensor, mask: Tensor) -> Tensor:
@@ -159,11 +159,18 @@ def _label_embeddings(config: ModelConfig, backbone: nn.Module, tokenizer: Any) 
         return nn.functional.normalize(torch.cat(states), dim=1)
 
 
-def _word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """The first token of each label word as it follows a prompt, that is, after a space."""
-    ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
-    space = tokenizer(" ", add_special_tokens=False)["input_ids"]
-    first = [row[len(space)] if row[: len(space)] == space and len(row) > len(space) else row[0] for row in ids]
+def _word_ids(tokenizer: Any, prompt: str, words: Sequence[str]) -> list[int]:
+    """The first token of each label word as it stands behind the prompt; one that is only the space between them does not count."""
+    before = prompt.format(text="a", text2="a")
+    gap = "" if before[-1:].isspace() else " "
+    read: list[list[int]] = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, *(before + gap + w for w in words))
+    ]
+    first = list[int]()
+    for row in read[1:]:
+        same = next((place for place, (one, other) in enumerate(zip(read[0], row, strict=False)) if one != other), len(read[0]))
+        told = [token for token in row[same:] if tokenizer.decode([token]).strip()]
+        first.append((told or row[-1:])[0])
     if len(set(first)) != len(words):
         raise ConfigError(f"model.label_words: {list(words)} begin with the same token; choose words that differ from their first token on")
     return first

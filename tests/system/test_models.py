@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cooperllm import models, pretrained
+from cooperllm.classifiers import classifier_for
 from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 
@@ -257,6 +259,27 @@ def test_a_long_text_is_cut_but_its_prompt_is_not():
     (ids,) = model.encode(["x" * 500], None, [0]).token_ids
     assert len(ids) <= 40
     assert model._tokenizer.decode(ids, skip_special_tokens=True).endswith(" It was")
+
+
+def sentence_pieces():
+    """As Llama's: words begin with a mark that stands for the space before them, and so does every text."""
+    pieces = ["<unk>", "▁", "b", "a", "d", "g", "o", "I", "t", "w", "s", ":", "▁b", "▁g", "▁w", "▁I"]
+    merges = [("▁", "b"), ("▁", "g"), ("▁", "w"), ("▁", "I")]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({piece: number for number, piece in enumerate(pieces)}, merges, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"), pieces
+
+
+@pytest.mark.parametrize("prompt", ["{text} It was", "{text}:", "{text} It was "])
+def test_label_words_are_read_as_they_stand_behind_the_prompt(prompt):
+    """Read alone, words behind a space would all begin with the piece for the space."""
+    tokenizer, pieces = sentence_pieces()
+    config = replace(WORDS, prompt=prompt, label_words=("bad", "good"))
+    network = classifier_for(config, pretrained.tiny_llama(causal=True)[0], tokenizer, 2)(pretrained.tiny_llama(causal=True)[0])
+    assert [pieces[token] for token in network.word_ids] == ["▁b", "▁g"]
 
 
 @pytest.mark.parametrize("config", [ModelConfig(), COMPARED], ids=["head", "label texts"])
