@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from cooperllm import data
-from cooperllm.config import DataConfig, FederationConfig, Partition, SourceConfig
+from cooperllm.config import DataConfig, FederationConfig, Partition, RunConfig, SourceConfig
 from cooperllm.errors import ConfigError
 
 ROWS = [{"text": f"sentence number {index}", "label": index % 3, "who": f"device {index % 4}"} for index in range(60)]
@@ -79,7 +79,7 @@ def test_a_cloud_may_have_no_text_at_all(tmp_path):
 @pytest.mark.parametrize("source", [{"name": "none"}, {"label_column": None}])
 def test_devices_without_text_or_labels_are_refused(source):
     with pytest.raises(ConfigError, match=r"data\.private"):
-        DataConfig(private=SourceConfig(**source))
+        RunConfig(data=DataConfig(private=SourceConfig(**source)))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

@@ -547,6 +547,14 @@ def edit(package, **changes):
     (package / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
+FRAME = {"prompt": "{text}", "start": [], "end": [1]}
+
+
+def spoken(package):
+    golden = json.loads((package / "manifest.json").read_text())["golden"]
+    return golden | {"labels": [], "completions": golden["texts"]}
+
+
 def weight(**changes):
     return {"offset": 0, "kind": "float32", "shape": [16]} | changes
 
@@ -571,15 +579,20 @@ def flip(file, position):
         (lambda p: (p / "manifest.json").unlink(), "manifest.json does not exist: .* is not a device package"),
         (lambda p: cut(p / "manifest.json", 100), "manifest.json is damaged"),
         (lambda p: (p / "manifest.json").write_bytes(b" " * (1 << 20) + b"{}"), "at most 1048576 expected"),
-        (lambda p: edit(p, format_version=0), "format version 0 found, 4 expected"),
+        (lambda p: edit(p, format_version=0), "format version 0 found, 5 expected"),
         (lambda p: edit(p, num_classes=1 << 40), "manifest.json is damaged"),
         (lambda p: edit(p, num_parameters=7), "ranges .* of 7 parameters expected"),
         (lambda p: edit(p, graphs=["losses", "strange"]), "graphs .* expected"),
         (lambda p: edit(p, files={"../config.json": {"size": 1, "sha256": "0" * 64}}), "manifest.json is damaged"),
         (lambda p: edit(p, label_names=["one"]), "1 label names found, 2 expected"),
-        (lambda p: edit(p, prompt="{text:999999999}"), "prompt .* nothing but {text} and {text2} expected"),
-        (lambda p: edit(p, prompt="{text.__class__}"), "prompt .* nothing but {text} and {text2} expected"),
-        (lambda p: edit(p, prompt="{text"), "prompt .* nothing but {text} and {text2} expected"),
+        (lambda p: edit(p, prompt="{text:999999999}"), "prompts .* nothing but {text} and {text2} expected"),
+        (lambda p: edit(p, prompt="{text.__class__}"), "prompts .* nothing but {text} and {text2} expected"),
+        (lambda p: edit(p, prompt="{text"), "prompts .* nothing but {text} and {text2} expected"),
+        (lambda p: edit(p, objective="next-token"), "objective next-token and no frame found, a frame for next-token expected"),
+        (lambda p: edit(p, frame=FRAME), "objective label-words and a frame found"),
+        (lambda p: edit(p, objective="next-token", label_names=[], frame=FRAME), "golden labels .* found"),
+        (lambda p: edit(p, objective="next-token", label_names=[], frame=FRAME | {"start": [-1]}), "manifest.json is damaged"),
+        (lambda p: edit(p, objective="next-token", label_names=[], golden=spoken(p), frame=FRAME | {"prompt": "{text!r}"}), "prompts .* found"),
         (lambda p: edit(p, weights={"weight_0": weight(offset=1 << 40)}), "weight_0 found that ends behind byte [0-9]+ of weights.bin"),
         (lambda p: edit(p, weights={"weight_0": weight(shape=[1 << 31] * 8)}), "weight_0 found that ends behind byte"),
         (lambda p: edit(p, weights={"weight_0": weight(kind="object")}), "manifest.json is damaged"),
