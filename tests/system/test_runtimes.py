@@ -547,7 +547,7 @@ def edit(package, **changes):
     (package / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
-FRAME = {"prompt": "{text}", "start": [], "end": [1]}
+FRAME, WRITES = {"prompt": "{text}", "start": [], "end": [1]}, {"prompt": "{text!r}"}
 
 
 def spoken(package):
@@ -592,7 +592,7 @@ def flip(file, position):
         (lambda p: edit(p, frame=FRAME), "objective label-words and a frame found"),
         (lambda p: edit(p, objective="next-token", label_names=[], frame=FRAME), "golden labels .* found"),
         (lambda p: edit(p, objective="next-token", label_names=[], frame=FRAME | {"start": [-1]}), "manifest.json is damaged"),
-        (lambda p: edit(p, objective="next-token", label_names=[], golden=spoken(p), frame=FRAME | {"prompt": "{text!r}"}), "prompts .* found"),
+        (lambda p: edit(p, objective="next-token", label_names=[], golden=spoken(p), frame=FRAME | WRITES), "prompts .* found"),
         (lambda p: edit(p, weights={"weight_0": weight(offset=1 << 40)}), "weight_0 found that ends behind byte [0-9]+ of weights.bin"),
         (lambda p: edit(p, weights={"weight_0": weight(shape=[1 << 31] * 8)}), "weight_0 found that ends behind byte"),
         (lambda p: edit(p, weights={"weight_0": weight(kind="object")}), "manifest.json is damaged"),
