@@ -6,7 +6,7 @@ from cooperllm.completion import Frame
 from cooperllm.config import ModelConfig
 from cooperllm.errors import ConfigError
 
-TEXT, COMPLETION = "COOPERLLM-TEXT", "COOPERLLM-COMPLETION"
+TEXT, OTHER, COMPLETION = "COOPERLLM-TEXT", "COOPERLLM-OTHER", "COOPERLLM-COMPLETION"
 """Words that no chat template has, to find in what one makes of them."""
 
 
@@ -45,15 +45,16 @@ def _chat_frame(config: ModelConfig, tokenizer: Any) -> Frame:
             f"model.uses_chat_template: found true, and no chat template in the tokeniser of {config.name!r}; give --prompt instead, or "
             "take an instruction-tuned model"
         )
-    asked = [{"role": "user", "content": config.prompt.format(text=TEXT, text2="")}]
+    asked = [{"role": "user", "content": config.prompt.format(text=TEXT, text2=OTHER)}]
     answered = [*asked, {"role": "assistant", "content": COMPLETION}]
     prompt: str = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     whole: str = tokenizer.apply_chat_template(answered, tokenize=False)
     before, mark, ending = whole.partition(COMPLETION)
-    if not mark or prompt.count(TEXT) != 1 or before != prompt:
+    has_all = asked[0]["content"] in prompt
+    if not mark or not has_all or before != prompt:
         raise ConfigError(
             f"model.uses_chat_template: the chat template of {config.name!r} does more than put text and completion in place (before an "
             f"answer it writes {before[-40:]!r}, when it asks for one {prompt[-40:]!r}); give --prompt instead"
         )
-    escaped = prompt.replace("{", "{{").replace("}", "}}").replace(TEXT, "{text}")
+    escaped = prompt.replace("{", "{{").replace("}", "}}").replace(TEXT, "{text}").replace(OTHER, "{text2}")
     return Frame(prompt=escaped, start=(), end=tuple(tokenizer(ending, add_special_tokens=False)["input_ids"]))

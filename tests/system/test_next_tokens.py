@@ -203,6 +203,11 @@ def test_braces_of_a_chat_template_are_no_fields():
     assert frame.prompt.format(text="hi", text2="") == "{x}<user>hi</s><assistant>"
 
 
+def test_a_chat_template_takes_both_texts_of_a_pair():
+    frame = frame_of(replace(TINY, prompt="{text} or {text2}?", uses_chat_template=True), with_template(TEMPLATE))
+    assert frame.prompt.format(text="this", text2="that") == "<user>this or that?</s><assistant>"
+
+
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
