@@ -37,6 +37,7 @@ from cooperllm.config import (
     SourceConfig,
     Variant,
 )
+from cooperllm.deployment.device_process import read_texts
 from cooperllm.device import graphs
 from cooperllm.device.manifest import LOSSES, OBSERVE, PULL_BACK, SLOPES
 from cooperllm.device.onnx_forward import OnnxForward, open_package
@@ -206,6 +207,23 @@ def test_texts_that_find_no_room_are_cut_and_counted(pair):
         assert pair.package.encode(["short", "short"], ["short", long], [0, 1]).num_cut == 1
     else:
         assert pair.package.encode(["short", "short"], None, [], ["short", long]).num_cut == 1
+
+
+def test_a_devices_own_file_of_texts_gives_the_same_examples(pair, tmp_path):
+    """With labels by name, or with completions."""
+    texts, names = pair.material.task.private, pair.package.manifest.label_names
+    rows = [{"text": text} for text in texts.texts[:9]]
+    for row, label, said in zip(rows, texts.labels, texts.completions or texts.texts, strict=False):
+        row |= {"label": names[label]} if names else {"completion": said}
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_texts(tmp_path / "texts.jsonl", pair.package)
+    assert [row.tolist() for row in found.token_ids] == [row.tolist() for row in pair.examples.token_ids[:9]]
+    assert found.labels.tolist() == pair.examples.labels[:9].tolist()
+    if not names:
+        assert found.starts.tolist() == pair.examples.starts[:9].tolist()
+        (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "no completion"}]))
+        with pytest.raises(ConfigError, match="found 10 texts, 0 with text2, 9 with completion, expected"):
+            read_texts(tmp_path / "texts.jsonl", pair.package)
 
 
 def test_losses_agree(pair):
