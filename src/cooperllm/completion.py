@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int64
 from msgspec import Meta
 
+from cooperllm.config import UNLABELLED
 from cooperllm.errors import ConfigError
 
 TokenId = Annotated[int, Meta(ge=0, le=1 << 32)]
@@ -72,19 +73,35 @@ class Frame:
         return ids[: max(room, 1)], True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sequences:
-    """Prompts with their completions.
+@dataclass(kw_only=True, slots=True)
+class Encoded:
+    """Tokenised texts with what is to be predicted of them: a class each, or the tokens of their completions.
 
     Attributes:
-        token_ids: Rows of eq. (1).
-        starts: Where the first target of each row is, >= 1, shape [N].
-        num_cut: Rows that not all of a text or completion found room in.
+        token_ids: One row of integers per text.
+        labels: Class of each text, shape [N]; -1 where it has none.
+        starts: For next tokens: where the first target of each row is, >= 1, shape [N].
+        num_cut: Texts that not all of a text or completion found room in, as far as they are counted.
     """
 
     token_ids: list[Int64[np.ndarray, "_T"]]
-    starts: Int64[np.ndarray, "N"]
-    num_cut: int
+    labels: Int64[np.ndarray, "N"]
+    starts: Int64[np.ndarray, "N"] | None = None
+    num_cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def num_targets(self, indices: Sequence[int]) -> int:
+        """Counts what is to be predicted in chosen examples, R.
+
+        Example:
+            >>> texts = Encoded(token_ids=[np.array([5, 6, 7]), np.array([5, 8])], labels=np.array([0, 1]))
+            >>> told = Encoded(token_ids=texts.token_ids, labels=texts.labels, starts=np.array([1, 1]))
+            >>> texts.num_targets([0, 1]), told.num_targets([0, 1])
+            (2, 3)
+        """
+        return len(indices) if self.starts is None else sum(len(self.token_ids[index]) - int(self.starts[index]) for index in indices)
 
 
 def sequences(
@@ -95,7 +112,7 @@ def sequences(
     second_texts: Sequence[str] | None,
     completions: Sequence[str] | None,
     max_tokens: int,
-) -> Sequences:
+) -> Encoded:
     """Tokenises prompts and completions, eq. (1).
 
     Where both do not find room, neither gets more than half of it unless the other leaves it some; a completion that is cut has no end.
@@ -110,7 +127,7 @@ def sequences(
         max_tokens: T at most, >= 2.
 
     Returns:
-        The rows.
+        Rows and starts; no text has a label.
 
     Raises:
         ConfigError: If a text leaves nothing to predict.
@@ -141,7 +158,8 @@ def sequences(
         rows.append(np.array(row[:max_tokens], np.int64))
         starts.append(start)
         num_cut += is_cut or len(row) > max_tokens
-    return Sequences(token_ids=rows, starts=np.array(starts, np.int64), num_cut=num_cut)
+    unlabelled = np.full(len(rows), UNLABELLED, np.int64)
+    return Encoded(token_ids=rows, labels=unlabelled, starts=np.array(starts, np.int64), num_cut=num_cut)
 
 
 def targets(
@@ -166,22 +184,3 @@ def targets(
         number * width + np.arange(start - 1, len(row) - 1) for number, (row, start) in enumerate(zip(token_ids, starts, strict=True))
     ]
     return np.concatenate(tokens), np.concatenate(places)
-
-
-def num_targets(token_ids: Sequence[Int64[np.ndarray, "_T"]], starts: Int64[np.ndarray, "N"] | None, indices: Sequence[int]) -> int:
-    """Counts what is to be predicted in chosen examples.
-
-    Args:
-        token_ids: Rows of all examples.
-        starts: First target of each, or None where each has one class.
-        indices: Chosen examples.
-
-    Returns:
-        R.
-
-    Example:
-        >>> rows = [np.array([5, 6, 7]), np.array([5, 8])]
-        >>> num_targets(rows, np.array([1, 1]), [0, 1]), num_targets(rows, None, [0, 1])
-        (3, 2)
-    """
-    return len(indices) if starts is None else sum(len(token_ids[index]) - int(starts[index]) for index in indices)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,8 +28,8 @@ from cooperllm.activation_checkpointing import checkpointed
 from cooperllm.adapted_layers import AdaptedLayers
 from cooperllm.algorithm import noise
 from cooperllm.classifiers import LabelTexts, classifier_for
-from cooperllm.completion import Frame, num_targets, sequences, targets
-from cooperllm.config import UNLABELLED, AdapterKind, ModelConfig, Objective
+from cooperllm.completion import Encoded, Frame, sequences, targets
+from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import FrozenPrefix, original_layers
 from cooperllm.layout import Layout
@@ -42,29 +42,14 @@ CONTEXT = 1024
 
 
 @dataclass(kw_only=True, slots=True)
-class Examples:
-    """Tokenised texts with labels, and the frozen prefix's output as far as it has been asked for.
+class Examples(Encoded):
+    """Tokenised texts, and the frozen prefix's output as far as it has been asked for.
 
     Attributes:
-        token_ids: One integer array per text.
-        labels: Class of each text, shape [number of texts]; -1 where it has none.
-        starts: For next tokens: where the completion begins in each, shape [number of texts].
-        num_cut: For next tokens: how many were cut.
         states: Hidden states entering the first adapted layer, by example, each [T, H].
     """
 
-    token_ids: list[Int64[np.ndarray, "_T"]]
-    labels: Int64[np.ndarray, "N"]
-    starts: Int64[np.ndarray, "N"] | None = None
-    num_cut: int = 0
     states: dict[int, Float[Tensor, "_T H"]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    def num_targets(self, indices: Sequence[int]) -> int:
-        """Counts what is to be predicted in chosen examples: a class each, or the tokens of their completions."""
-        return num_targets(self.token_ids, self.starts, indices)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,8 +139,7 @@ class Model:
         """
         if self.config.objective is Objective.NEXT_TOKEN:
             found = sequences(self.frame, self._tokens, self._tokenizer.decode, texts, second_texts, completions, self.config.max_tokens)
-            unlabelled = np.full(len(texts), UNLABELLED, np.int64)
-            return Examples(token_ids=found.token_ids, labels=unlabelled, starts=found.starts, num_cut=found.num_cut)
+            return Examples(token_ids=found.token_ids, labels=found.labels, starts=found.starts, num_cut=found.num_cut)
         if self.config.objective is Objective.LABEL_WORDS:
             token_ids = [self._prompt_ids(text, other) for text, other in zip(texts, second_texts or texts, strict=True)]
         else:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cooperllm.completion import Frame, num_targets, sequences, targets
+from cooperllm.completion import Frame, sequences, targets
 from cooperllm.errors import ConfigError
 
 START, END = 300, 301
@@ -81,7 +81,7 @@ def test_every_target_is_the_token_behind_its_place_and_no_row_is_too_long(rows,
     tokens, places = targets(found.token_ids, found.starts.tolist(), width)
     assert width - 2 <= max_tokens
     np.testing.assert_array_equal(padded.reshape(-1)[places + 1], tokens)
-    assert len(tokens) == num_targets(found.token_ids, found.starts, range(len(rows)))
+    assert len(tokens) == found.num_targets(range(len(rows)))
     assert found.num_cut == sum(len(text) + len(said) + 3 > max_tokens for text, said in rows)  # start, question mark, end
     for number, (_, said) in enumerate(rows):
         own = [token for token, place in zip(tokens.tolist(), places.tolist(), strict=True) if place // width == number]

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from cooperllm.algorithm import replay
+from cooperllm.completion import Encoded
 from cooperllm.deployment.settings import DeviceSettings, read_job
 from cooperllm.deployment.state_file import StateFile
 from cooperllm.device import Host
 from cooperllm.device.governor import govern
 from cooperllm.device.onnx_forward import OnnxForward, open_package
-from cooperllm.device.package import DeviceExamples, Package
+from cooperllm.device.package import Package
 from cooperllm.errors import ConfigError
 from cooperllm.link.fleet_node import Server, serve
 
@@ -59,7 +60,7 @@ def run_device_process(settings: DeviceSettings, stop: threading.Event) -> None:
     serve(edge, host.answer, stop, 1 + job.config.federation.staleness)
 
 
-def read_texts(file: Path, package: Package) -> DeviceExamples:
+def read_texts(file: Path, package: Package) -> Encoded:
     """Reads private texts and tokenises them as the package says.
 
     Args:

@@ -21,9 +21,9 @@ from cooperllm.algorithm import feedback, noise
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.rounding import Rounding, rounding_of
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
-from cooperllm.completion import targets
+from cooperllm.completion import Encoded, targets
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES, Golden
-from cooperllm.device.package import DeviceExamples, Package, read_package
+from cooperllm.device.package import Package, read_package
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE, score_shift
 from cooperllm.device.settings import Settings
 from cooperllm.errors import ConfigError, PackageError
@@ -40,7 +40,7 @@ class OnnxForward:
     """
 
     def __init__(
-        self, package: Package, examples: DeviceExamples, shard: Sequence[int], activation_mib: float | None, adjustment: float = 0.0
+        self, package: Package, examples: Encoded, shard: Sequence[int], activation_mib: float | None, adjustment: float = 0.0
     ) -> None:
         """Takes one device's part of the examples; `adjustment` is τ of `algorithm.label_adjustment`."""
         if not len(shard):
@@ -236,7 +236,7 @@ def _rounding(package: Package) -> Rounding:
     return rounding_of(device.evaluate(chosen)[0], golden_points(package.theta, golden)[-1], directions, len(examples))
 
 
-def _golden_examples(package: Package) -> DeviceExamples:
+def _golden_examples(package: Package) -> Encoded:
     golden = package.manifest.golden
     return package.encode(golden.texts, None, golden.labels, golden.completions or None)
 

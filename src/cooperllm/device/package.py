@@ -5,19 +5,17 @@ Nothing of a package runs before its digests are those of its manifest, and none
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from jaxtyping import Int64
 from tokenizers import Tokenizer
 
 from cooperllm.algorithm.rounding import Rounding
-from cooperllm.completion import num_targets, sequences
-from cooperllm.config import UNLABELLED, Objective, Variant
+from cooperllm.completion import Encoded, sequences
+from cooperllm.config import Objective, Variant
 from cooperllm.device.graphs import Graph, loader
 from cooperllm.device.manifest import MANIFEST, OBSERVE, PACKAGE_VERSION, PULL_BACK, THETA, TOKENIZER, WEIGHTS, Manifest, WeightEntry
 from cooperllm.device.settings import Settings
@@ -27,30 +25,6 @@ from cooperllm.errors import ConfigError, PackageError
 LARGEST_MANIFEST_BYTES = 1 << 20
 FEEDBACK_GRAPHS = (OBSERVE, PULL_BACK)
 """They take turns within one estimate."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DeviceExamples:
-    """Tokenised private texts.
-
-    Attributes:
-        token_ids: One row of integers per text.
-        labels: Class of each text, shape [N]; -1 where it has none.
-        starts: For next tokens: where the completion begins in each, shape [N].
-        num_cut: Texts of which not all tokens found room.
-    """
-
-    token_ids: list[Int64[np.ndarray, "_T"]]
-    labels: Int64[np.ndarray, "N"]
-    starts: Int64[np.ndarray, "N"] | None = None
-    num_cut: int = 0
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    def num_targets(self, indices: Sequence[int]) -> int:
-        """Counts what is to be predicted in chosen examples: a class each, or the tokens of their completions."""
-        return num_targets(self.token_ids, self.starts, indices)
 
 
 class Package:
@@ -117,7 +91,7 @@ class Package:
         second_texts: Sequence[str] | None,
         labels: Sequence[int],
         completions: Sequence[str] | None = None,
-    ) -> DeviceExamples:
+    ) -> Encoded:
         """Tokenises texts, cut at the package's number of tokens.
 
         Args:
@@ -134,9 +108,7 @@ class Package:
         """
         if self.manifest.frame is not None:
             read, write = self._tokens, partial(self._tokenizer.decode, skip_special_tokens=False)
-            found = sequences(self.manifest.frame, read, write, texts, second_texts, completions, self.manifest.max_tokens)
-            unlabelled = np.full(len(texts), UNLABELLED, np.int64)
-            return DeviceExamples(token_ids=found.token_ids, labels=unlabelled, starts=found.starts, num_cut=found.num_cut)
+            return sequences(self.manifest.frame, read, write, texts, second_texts, completions, self.manifest.max_tokens)
         classes = np.array(labels, np.int64)
         if len(classes) != len(texts) or (len(classes) and not 0 <= classes.min() <= classes.max() < self.manifest.num_classes):
             raise ConfigError(
@@ -152,7 +124,7 @@ class Package:
             encoded = self._tokenizer.encode_batch(pairs)
             rows, num_cut = [one.ids for one in encoded], sum(bool(one.overflowing) for one in encoded)
             self._tokenizer.no_truncation()
-        return DeviceExamples(token_ids=[np.array(row, np.int64) for row in rows], labels=classes, num_cut=num_cut)
+        return Encoded(token_ids=[np.array(row, np.int64) for row in rows], labels=classes, num_cut=num_cut)
 
     def _tokens(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

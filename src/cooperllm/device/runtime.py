@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 
 from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.rounding import Rounding
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
+from cooperllm.completion import Encoded
 
 GRAPH_SHARE = 2
 """A layer that is differentiated keeps about so many times what it needs to run: an estimate's pass counts as so many points."""
@@ -18,15 +19,7 @@ DIRECTIONS_PER_PASS = 4
 """Directions of one forward-mode pass where no memory budget says otherwise: 1.25 forward passes each, docs/devices.md."""
 
 
-@runtime_checkable
-class Targets(Protocol):
-    """What is to be predicted of a device's texts: a class each, or the tokens of their completions."""
-
-    labels: Int64[np.ndarray, "N"]
-    starts: Int64[np.ndarray, "N"] | None
-
-
-def score_shift(examples: Targets, shard: Sequence[int], num_classes: int, strength: float) -> Float32[np.ndarray, "_C"]:
+def score_shift(examples: Encoded, shard: Sequence[int], num_classes: int, strength: float) -> Float32[np.ndarray, "_C"]:
     """Gives what a device adds to its scores before the loss: its label shares, or for next tokens, which have none, nothing.
 
     Args:

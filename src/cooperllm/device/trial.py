@@ -14,10 +14,11 @@ import msgspec
 import numpy as np
 
 from cooperllm.algorithm import noise, zeroth_order
+from cooperllm.completion import Encoded
 from cooperllm.device.graphs import loader
 from cooperllm.device.manifest import OBSERVE, PREFIX
 from cooperllm.device.onnx_forward import OnnxForward, open_package
-from cooperllm.device.package import DeviceExamples, Package
+from cooperllm.device.package import Package
 from cooperllm.device.settings import Settings
 from cooperllm.device.states import StatesOnDisk
 from cooperllm.errors import CooperLLMError
@@ -153,7 +154,7 @@ def measure(task: Task) -> Findings:
     )
 
 
-def longest_texts(package: Package, count: int) -> DeviceExamples:
+def longest_texts(package: Package, count: int) -> Encoded:
     """Makes texts of as many tokens as the package takes, no two alike.
 
     Args:
