@@ -14,7 +14,7 @@ from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
 from cooperllm.answers import judge_of
 from cooperllm.cloud import Cloud, GuideMaker, MapFitter
-from cooperllm.config import UNLABELLED, ArmName, Objective, RunConfig, RuntimeName, SlopeMethod, Variant
+from cooperllm.config import UNLABELLED, AdapterKind, ArmName, Objective, OptimizerKind, RunConfig, RuntimeName, SlopeMethod, Variant
 from cooperllm.data import Task, Texts
 from cooperllm.device import Host, Runtime
 from cooperllm.device.settings import GraphLibrary, Settings
@@ -174,7 +174,14 @@ class Assembly:
             ]
         else:
             runtimes = _runtimes_of_package(self.package_path, self.config.runtime, material, self.config.activation_mib, adjustment)
-        return Host(runtimes, self.start, self.config.optimizer, self.directory.updates, self.config.slope_method)
+        # With SGD and every weight trained the devices' θ is one array that moves; it is theirs, since the cloud has one of its own.
+        in_place = self.config.model.adapter is AdapterKind.FULL and self.config.optimizer.kind is OptimizerKind.SGD
+
+        def start() -> Replica:
+            return replay.start(initial_theta(self.config, material.model), self.config.optimizer) if in_place else self.start
+
+        history, slope_method = self.directory.updates, self.config.slope_method
+        return Host(runtimes, start, self.config.optimizer, history, slope_method, in_place=in_place)
 
     @property
     def package_path(self) -> Path:

@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Float32
 from msgspec import Meta
 
-from cooperllm.config import SUPPORTED_BITS
+from cooperllm.config import SUPPORTED_BITS, Distribution
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 32)]
@@ -154,6 +154,7 @@ class Probes:
         pool_seed: Names the pool that random directions are drawn from, member k being the noise (pool_seed, k); None makes new ones.
         pool_size: Members of the pool.
         num_candidates: Random directions made for each query, of which the one that lies most along the first column is used.
+        distribution: Of the entries of isotropic random directions.
     """
 
     measures_columns: bool
@@ -166,6 +167,7 @@ class Probes:
     pool_seed: Seed | None = None
     pool_size: Positive = 1
     num_candidates: Positive = 1
+    distribution: Distribution = Distribution.NORMAL
 
     def __post_init__(self) -> None:
         if not (self.column_scale > 0 and self.random_scale > 0 and self.blend_scale > 0):
@@ -276,6 +278,7 @@ class Update:
             or None where none was asked.
         theta_hash: Digest of the replica's state after the step.
         kind: Whether it moves the replica.
+        distribution: Of the entries of the random directions.
     """
 
     round_index: Count
@@ -289,6 +292,7 @@ class Update:
     loss: Loss | None
     theta_hash: Digest
     kind: StepKind = StepKind.STEP
+    distribution: Distribution = Distribution.NORMAL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -273,7 +273,8 @@ def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update]
         )
     if checkpoint is not None and checkpoint.snapshot.model_version <= len(updates):
         done = updates[: checkpoint.snapshot.model_version]
-        replica = replay.restore(checkpoint.snapshot, assembly.material.model.layout.size)
+        num_moments = replay.NUM_MOMENTS[assembly.config.optimizer.kind]
+        replica = replay.restore(checkpoint.snapshot, assembly.material.model.layout.size, num_moments)
         cloud.restore(replica, checkpoint.pool, checkpoint.maps, checkpoint.good, done)
     for update in updates[cloud.replica.model_version :]:
         cloud.replay(update)

@@ -261,7 +261,8 @@ class EdgeHost:
         """Replays what has come; devices get the same updates from here. A cloud that has come back may be a step behind its edges."""
         version = order.plan.model_version
         if self._replica is None or self._replica.model_version > version:
-            self._replica = None if order.snapshot is None else replay.restore(order.snapshot, self._edge.num_parameters)
+            num_moments = replay.NUM_MOMENTS[self._optimizer.kind]
+            self._replica = None if order.snapshot is None else replay.restore(order.snapshot, self._edge.num_parameters, num_moments)
         if self._replica is not None:
             self._replica = replay.catch_up(self._replica, order.updates, order.snapshot, version, self._optimizer)
             for update in order.updates:

@@ -5,6 +5,7 @@ Run: pytest tests/system/test_architectures.py
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,8 +14,10 @@ from peft import PeftModel
 import cooperllm
 from cooperllm import models, pretrained
 from cooperllm.algorithm import noise, replay
+from cooperllm.algorithm.noise import Noise
 from cooperllm.assembly import Material, assemble
-from cooperllm.config import ArmName, EngineName, ModelConfig, Objective
+from cooperllm.config import AdapterKind, ArmName, Distribution, EngineName, ModelConfig, Objective, OptimizerConfig, OptimizerKind
+from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError
 from cooperllm.run_directory import RunDirectory
 
@@ -117,6 +120,57 @@ def test_an_encoder_trains_replays_and_is_loaded_by_plain_peft_with_the_same_sta
         views = model.layout.views(theta)
         expected = means @ views["classifier.weight"].T + views["classifier.bias"]
         torch.testing.assert_close(model.scores(theta, batch), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("saved", [*CAUSAL, *ENCODERS], indirect=True)
+def test_noise_that_is_streamed_into_every_weight_gives_the_loss_of_a_moved_copy(saved, request):
+    """Tied tables, fused projections, norms, position embeddings: whatever a network does with its weights."""
+    causal = request.node.callspec.params["saved"] in CAUSAL
+    config = config_for(saved, causal=causal).model
+    config = replace(config, adapter=AdapterKind.FULL, objective=config.objective if causal else Objective.HEAD)
+    model = models.load(config, 2)
+    theta = model.initial_parameters(3) + 0.02 * noise.gaussian(4, 0, model.layout.size)
+    texts = ["one text", "another text, a longer one"]
+    examples = model.encode(texts, None, [0, 1], ["films", "books and more"] if causal else None)
+    device, before = TorchForward(model, examples, range(2), None), theta.copy()
+    along, (points, _) = device.evaluate_along([0, 1]), device.evaluate([0, 1])
+    (there,), shifts = points(theta[None]), list[float]()
+    for direction in (Noise(3, 5), Noise(3, 6, Distribution.RADEMACHER)):
+        for scale in (0.05, -0.05):
+            (expected,) = points((theta + np.float32(scale) * direction.values(len(theta)))[None])
+            assert along(theta, direction, scale) == pytest.approx(expected, rel=2e-5)
+            shifts.append(abs(expected - there))
+    assert max(shifts) > 100 * 2e-5 * there, "the noise matters"
+    assert np.array_equal(theta, before), "θ is only read"
+
+
+@pytest.mark.parametrize("saved", ["opt"], indirect=True)
+def test_every_weight_is_trained_where_it_lies_and_read_back_by_plain_transformers(saved, tmp_path):
+    """SGD along signs: devices move one array of their own, and a run that was cut short ends with the same bits."""
+    config = config_for(saved, causal=True, arm=ArmName.MEZO_FL)
+    config = replace(
+        config,
+        model=replace(config.model, adapter=AdapterKind.FULL),
+        optimizer=OptimizerConfig(kind=OptimizerKind.SGD),
+        arm=replace(config.arm, distribution=Distribution.RADEMACHER, learning_rate=1e-3, queries=2),
+        num_rounds=3,
+    )
+    run = cooperllm.run(config, tmp_path / "run")
+    theta, files = replayed(run.path), RunDirectory(run.path)
+    host, start = assemble(files).devices(), assemble(files).start
+    assert host._in_place
+    assert not np.array_equal(theta, start.theta)
+    two = replace(config, num_rounds=2)
+    cooperllm.resume(cooperllm.run(two, tmp_path / "two").path)
+    assert [update.theta_hash for update in RunDirectory(tmp_path / "two").updates()] == [
+        update.theta_hash for update in files.updates()[:2]
+    ]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(str(run.export(tmp_path / "export")))
+    model = Material(config).model
+    batch = model.batch(model.encode(["one text"], None, [], ["films"]), [0])
+    with torch.inference_mode():
+        logits = plain(input_ids=batch.token_ids, attention_mask=batch.mask).logits.flatten(0, 1)[batch.places]
+        torch.testing.assert_close(model.scores(torch.from_numpy(theta.copy()), batch), logits.float(), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("saved", ["gpt2"], indirect=True)

@@ -200,6 +200,7 @@ def test_every_field_without_a_default_must_be_there(message):
         "signal_to_noise",
         "format_version",
         "kind",
+        "distribution",
         "spent",
         "scheduled",
     }

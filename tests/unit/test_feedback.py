@@ -622,7 +622,7 @@ def test_a_device_without_the_maps_that_the_plan_means_says_so(held, found):
 
 def test_a_host_keeps_maps_and_refuses_those_of_another_model_without_losing_them():
     runtime = Listener()
-    host = Host([runtime, runtime], order_of()[1], OptimizerConfig(), list)
+    host = Host([runtime, runtime], lambda: order_of()[1], OptimizerConfig(), list)
     host.answer(encode(order_of(maps=(maps_of(3),))[0]))
     for wrong in (maps_of(8, width=5), maps_of(8, 5)):
         with pytest.raises((DecodeError, ProtocolError), match=r"maps|guide"):

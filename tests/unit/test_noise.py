@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cooperllm.algorithm import noise
-from cooperllm.algorithm.noise import BLOCK, Stream, probe_index
+from cooperllm.algorithm.noise import BLOCK, Noise, Stream, probe_index
+from cooperllm.config import Distribution
 
 WORD = (1 << 64) - 1
 
@@ -109,9 +110,22 @@ def test_a_shorter_draw_is_a_prefix_of_a_longer_one(size):
 
 def test_blocks_follow_each_other_and_make_the_whole():
     size = 2 * BLOCK + 5
-    starts, blocks = zip(*noise.gaussian_blocks(5, 6, size), strict=True)
+    starts, blocks = zip(*Noise(5, 6).blocks(size), strict=True)
     assert starts == (0, BLOCK, 2 * BLOCK)
     assert np.array_equal(np.concatenate(blocks), noise.gaussian(5, 6, size))
+
+
+@pytest.mark.parametrize("distribution", Distribution)
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (15, 17), (255, 257), (256, 512), (7, 4000), (BLOCK - 1, BLOCK + 1)])
+def test_any_part_of_a_direction_is_that_part_of_the_whole(distribution, start, stop):
+    direction = Noise(5, 6, distribution)
+    assert np.array_equal(direction.part(start, stop), direction.values(2 * BLOCK)[start:stop])
+
+
+def test_directions_of_signs_are_signs_and_not_those_of_another_purpose():
+    found = Noise(5, 6, Distribution.RADEMACHER).values(100)
+    assert set(found.tolist()) == {-1.0, 1.0}
+    assert not np.array_equal(found, noise.rademacher(5, 6, 100))
 
 
 def test_lanes_are_taken_from_the_low_end_of_a_word_on_any_machine():

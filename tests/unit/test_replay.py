@@ -11,9 +11,9 @@ import sample_messages
 
 from cooperllm.algorithm import compression, noise, replay
 from cooperllm.algorithm.guidance import orthonormalise
-from cooperllm.algorithm.noise import probe_index
+from cooperllm.algorithm.noise import BLOCK, probe_index
 from cooperllm.algorithm.replay import Replica
-from cooperllm.config import OptimizerConfig, OptimizerKind
+from cooperllm.config import Distribution, OptimizerConfig, OptimizerKind
 from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import Chosen, Guide, RandomTerm, Snapshot, StepKind, Update
@@ -23,6 +23,7 @@ UNIT = 2.0**-24
 
 MOMENTUM = OptimizerConfig()
 ADAM = OptimizerConfig(kind=OptimizerKind.ADAM, momentum=0.9, square_decay=0.99, epsilon=1e-8)
+SGD = OptimizerConfig(kind=OptimizerKind.SGD)
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM], ids=["momentum", "adam"])
 
 
@@ -49,7 +50,7 @@ def travelled(update):
 
 
 def test_a_run_starts_at_version_zero_with_zero_moments():
-    for optimizer, count in ((MOMENTUM, 1), (ADAM, 2)):
+    for optimizer, count in ((SGD, 0), (MOMENTUM, 1), (ADAM, 2)):
         replica = initial(optimizer)
         assert replica.model_version == 0
         assert [moment.any() for moment in replica.moments] == [False] * count
@@ -79,7 +80,7 @@ def test_a_replica_from_a_snapshot_continues_with_the_same_bits():
     cloud = initial()
     for _ in range(3):
         _, cloud = replay.seal(cloud, guided(cloud), MOMENTUM)
-    late = replay.restore(decode(encode(cloud.snapshot()), Snapshot), SIZE)
+    late = replay.restore(decode(encode(cloud.snapshot()), Snapshot), SIZE, 1)
     update, cloud = replay.seal(cloud, guided(cloud), MOMENTUM)
     assert replay.apply(late, travelled(update), MOMENTUM).state_hash == cloud.state_hash
 
@@ -285,12 +286,12 @@ def test_coordinates_that_do_not_fit_are_refused(changes, sentence):
 
 @pytest.mark.parametrize(
     ("theta", "moments"),
-    [(SIZE - 1, [SIZE]), (SIZE, [SIZE + 1]), (SIZE, []), (SIZE, [SIZE] * 3), (0, [0])],
+    [(SIZE - 1, [SIZE]), (SIZE, [SIZE + 1]), (SIZE, []), (SIZE, [SIZE] * 2), (0, [0])],
 )
 def test_a_snapshot_of_another_shape_is_refused(theta, moments):
     vectors = tuple(np.zeros(length, np.float32) for length in moments)
     with pytest.raises(DecodeError, match="snapshot"):
-        replay.restore(Snapshot(model_version=1, theta=np.zeros(theta, np.float32), moments=vectors), SIZE)
+        replay.restore(Snapshot(model_version=1, theta=np.zeros(theta, np.float32), moments=vectors), SIZE, 1)
 
 
 @OPTIMIZERS
@@ -312,3 +313,70 @@ def test_nothing_is_guessed_before_the_first_step_or_at_a_rate_of_zero(optimizer
     assert replay.lookahead(replica, 0.5, optimizer) is replica
     moved = replay.step(replica, noise.gaussian(4, 0, SIZE), 0.01, optimizer)
     assert replay.lookahead(moved, 0.0, optimizer) is moved
+
+
+LONG = 2 * BLOCK + 7
+
+
+def long_update(replica, distribution=Distribution.NORMAL, **changes):
+    """Terms of two groups, one of them named by a pool, for a θ of more than two blocks."""
+    terms = (
+        RandomTerm(group=3, coefficients=np.array([0.5, -2], np.float32)),
+        RandomTerm(group=4, coefficients=np.ones(1, np.float32), chosen=Chosen(seed=11, group=0, positions=(2,))),
+    )
+    return blank(replica, **{"random_terms": terms, "distribution": distribution, "learning_rate": 0.3} | changes)
+
+
+@pytest.mark.parametrize("distribution", Distribution)
+def test_a_step_made_where_theta_lies_has_the_bits_of_a_step_beside_it(distribution):
+    beside = replay.start(noise.gaussian(1, 0, LONG), SGD)
+    update, after = replay.seal(beside, travelled(long_update(beside, distribution)), SGD)
+    own = replay.start(noise.gaussian(1, 0, LONG), SGD)
+    moved = replay.apply(own, update, SGD, in_place=True)
+    assert moved.theta is own.theta
+    assert moved.state_hash == after.state_hash
+    assert np.array_equal(beside.theta, noise.gaussian(1, 0, LONG)), "the step beside it has moved nothing"
+
+
+def test_sgd_steps_along_the_direction_and_nothing_else():
+    replica = replay.start(noise.gaussian(1, 0, LONG), SGD)
+    _, after = replay.seal(replica, long_update(replica), SGD)
+    pool = noise.gaussian(11, probe_index(0, 2), LONG)
+    own = 0.5 * noise.gaussian(9, probe_index(3, 0), LONG) - 2 * noise.gaussian(9, probe_index(3, 1), LONG)
+    np.testing.assert_allclose(after.theta, replica.theta - 0.3 * (own + pool), rtol=0, atol=1e-5)
+    assert after.moments == ()
+
+
+def test_signs_and_normal_numbers_are_different_steps():
+    replica = replay.start(noise.gaussian(1, 0, LONG), SGD)
+    one, other = (replay.seal(replica, long_update(replica, distribution), SGD)[1] for distribution in Distribution)
+    assert one.state_hash != other.state_hash
+
+
+@pytest.mark.parametrize("kind", [StepKind.HOLD, StepKind.ROLLBACK])
+def test_what_is_no_step_leaves_an_own_theta_where_it_is(kind):
+    replica = replay.start(noise.gaussian(1, 0, LONG), SGD)
+    before, back = replica.theta.copy(), compression.pack_vector(np.ones(LONG, np.float32), compression.EXACT)
+    update, after = replay.seal(replica, long_update(replica, kind=kind, dense=back if kind is StepKind.ROLLBACK else None), SGD)
+    assert replay.apply(replica, update, SGD, in_place=True).state_hash == after.state_hash
+    assert np.array_equal(replica.theta, before)
+
+
+def test_coefficients_of_columns_that_nobody_sent_are_refused_before_theta_moves():
+    replica = replay.start(noise.gaussian(1, 0, LONG), SGD)
+    before, update = replica.theta.copy(), long_update(replica, column_coefficients=np.ones(1, np.float32))
+    with pytest.raises(DecodeError, match="column coefficients"):
+        replay.apply(replica, update, SGD, in_place=True)
+    assert np.array_equal(replica.theta, before)
+
+
+def test_a_momentum_column_is_refused_where_nobody_has_momentum():
+    replica = replay.start(np.ones(SIZE, np.float32), SGD)
+    guide = Guide(payload=compression.pack(np.ones((1, SIZE), np.float32), 8), num_columns=1, has_momentum=True)
+    with pytest.raises(DecodeError, match="without momentum"):
+        replay.span(replica, guide)
+
+
+def test_without_moments_nobody_guesses_the_next_step():
+    replica = replace(replay.start(np.ones(SIZE, np.float32), SGD), model_version=3)
+    assert replay.lookahead(replica, 0.5, SGD) is replica

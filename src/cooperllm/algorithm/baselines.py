@@ -52,6 +52,7 @@ class PlainZerothOrder(Arm):
             grouping=self.grouping,
             column_scale=config.column_scale,
             random_scale=config.random_scale,
+            distribution=config.distribution,
         )
 
     def combine(self, config: ArmConfig, plan: Plan, public: Public, measured: Measured) -> Coordinates:

@@ -31,10 +31,9 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from cooperllm.algorithm import noise
 from cooperllm.algorithm.arms import Arm, Coordinates, Measured, Public
-from cooperllm.algorithm.guidance import choose, dot, probe_keys
-from cooperllm.config import ArmConfig
+from cooperllm.algorithm.guidance import choose, dot, probe_noise
+from cooperllm.config import ArmConfig, Distribution
 from cooperllm.messages import Chosen, Grouping, Plan, Probes, RandomSlopes, RandomTerm, StepKind
 
 SPACING, LARGEST = 1e-2, 12.0
@@ -123,8 +122,5 @@ def _term(plan: Plan, public: Public, group: RandomSlopes, share: float) -> Rand
 
 def _part_along(term: RandomTerm, column: Float32[np.ndarray, "n"]) -> float:
     assert term.chosen is not None, "terms of this arm name their directions"
-    keys = probe_keys(term.chosen.seed, term.group, len(term.coefficients), term.chosen)
-    return sum(
-        float(slope) * dot(column, noise.gaussian(seed, index, len(column)))
-        for slope, (seed, index) in zip(term.coefficients, keys, strict=True)
-    )
+    named = probe_noise(term.chosen.seed, term.group, len(term.coefficients), Distribution.NORMAL, term.chosen)
+    return sum(float(slope) * dot(column, direction.values(len(column))) for slope, direction in zip(term.coefficients, named, strict=True))

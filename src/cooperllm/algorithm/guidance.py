@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from cooperllm.algorithm import noise
-from cooperllm.algorithm.noise import probe_index, probe_indices
+from cooperllm.algorithm.noise import Noise, probe_index, probe_indices
+from cooperllm.config import Distribution
 from cooperllm.messages import Chosen, Probes
 
 POOL_DRAWS = 1 << 59
@@ -84,12 +85,33 @@ def random_directions(
         [1.0, 1.0]
     """
     if probes.blend is None:
-        keys = probe_keys(seed, group, probes.num_random, choose(seed, group, probes, guided, size))
-        return (noise.gaussian(family, index, size) for family, index in keys)
+        return (named.values(size) for named in isotropic(seed, group, probes, guided, size))
     if probes.blend == 0:
         return iter(mixtures(seed, group, probes.num_random, guided))
     span = np.stack(list(guided)) if len(guided) else np.zeros((0, size), np.float32)
     return guided_perturbations(span, seed, probe_indices(group, probes.num_random), group, probes.blend, probes.blend_scale)
+
+
+def isotropic(seed: int, group: int, probes: Probes, columns: Sequence[np.ndarray], size: int) -> Iterator[Noise]:
+    """Yields the names of one group's isotropic random directions.
+
+    Args:
+        seed: The round's seed.
+        group: Whose directions.
+        probes: How many, from where, and of which entries.
+        columns: What candidates are chosen by, each of shape [n].
+        size: n.
+
+    Returns:
+        Names in order.
+
+    Example:
+        >>> from cooperllm.messages import Grouping
+        >>> probes = Probes(measures_columns=False, num_random=2, grouping=Grouping.DEVICE, column_scale=1.0, random_scale=1.0)
+        >>> [named.index for named in isotropic(7, 0, probes, [], 4)]
+        [0, 1]
+    """
+    return probe_noise(seed, group, probes.num_random, probes.distribution, choose(seed, group, probes, columns, size))
 
 
 def choose(seed: int, group: int, probes: Probes, columns: Sequence[np.ndarray], size: int) -> Chosen | None:
@@ -123,32 +145,34 @@ def choose(seed: int, group: int, probes: Probes, columns: Sequence[np.ndarray],
     along = columns[0]
 
     def overlap(position: int) -> float:
-        return abs(dot(along, noise.gaussian(seed, probe_index(group, position), size)))
+        return abs(dot(along, Noise(seed, probe_index(group, position), probes.distribution).values(size)))
 
     starts = range(0, probes.num_random * probes.num_candidates, probes.num_candidates)
     best = tuple(max(range(start, start + probes.num_candidates), key=overlap) for start in starts)
     return Chosen(seed=seed, group=group, positions=best)
 
 
-def probe_keys(seed: int, group: int, count: int, chosen: Chosen | None = None) -> Iterator[tuple[int, int]]:
-    """Yields the noise keys (seed, index) of random directions.
+def probe_noise(seed: int, group: int, count: int, distribution: Distribution, chosen: Chosen | None = None) -> Iterator[Noise]:
+    """Yields the names of random directions.
 
     Args:
         seed: The round's seed.
         group: Whose directions.
         count: How many, >= 0.
+        distribution: Of their entries.
         chosen: Which ones; None means the group's first ones.
 
     Yields:
-        Keys in order.
+        Names in order.
 
     Example:
-        >>> list(probe_keys(7, 0, 2)), list(probe_keys(7, 0, 1, Chosen(seed=9, group=0, positions=(5,))))
-        ([(7, 0), (7, 1)], [(9, 5)])
+        >>> chosen = Chosen(seed=9, group=0, positions=(5,))
+        >>> [(named.seed, named.index) for named in probe_noise(7, 0, 1, Distribution.NORMAL, chosen)]
+        [(9, 5)]
     """
     if chosen is None:
-        return ((seed, index) for index in probe_indices(group, count))
-    return ((chosen.seed, probe_index(chosen.group, position)) for position in chosen.positions)
+        return (Noise(seed, index, distribution) for index in probe_indices(group, count))
+    return (Noise(chosen.seed, probe_index(chosen.group, position), distribution) for position in chosen.positions)
 
 
 def mixtures(seed: int, group: int, count: int, basis: Sequence[np.ndarray]) -> list[Float32[np.ndarray, "_n"]]:

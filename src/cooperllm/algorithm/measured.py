@@ -52,6 +52,7 @@ class MeasuredArm(Arm):
             column_scale=config.column_scale,
             random_scale=config.column_scale if num_basis else config.random_scale,
             blend=0.0 if num_basis else None,
+            distribution=config.distribution,
         )
 
     def combine(self, config: ArmConfig, plan: Plan, public: Public, measured: Measured) -> Coordinates:

@@ -4,9 +4,14 @@
     z_j = T[ 16-bit lane j of w ],   T[i] = Φ⁻¹((i + 1/2) / 2¹⁶) / c             (2)  c: unit variance
     r_j = 1 - 2 · (bit j of w)                                                 (3)  Rademacher
 
+A direction has entries of (2) or of (3): signs are a fourth of the bits of normal numbers, and a thirtieth of their time.
+
 The transform (2) is a table look-up, so no logarithm or cosine of a machine's own mathematics library takes part, and a
 runtime in any language needs the generator and 2¹⁶ floats to reproduce it. The lanes are the inverse distribution function at
 the midpoints of 2¹⁶ equal slices: symmetric, mean exactly 0, variance 1, largest value 4.32. Nothing here keeps state.
+
+Any part of a direction can be made without what lies before it, since a word's counter says where it stands: a device with millions of
+weights makes the noise of one layer while that layer runs.
 
 References:
     Salmon, Moraes, Dror, Shaw, 2011, Parallel random numbers: as easy as 1, 2, 3 (Philox).
@@ -16,6 +21,7 @@ References:
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from statistics import NormalDist
@@ -23,8 +29,13 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Float32, Int64, UInt64
 
+from cooperllm.config import Distribution
+
 BLOCK = 1 << 16
 """Numbers drawn at a time, so that scratch memory does not grow with the length of a direction."""
+
+WORDS, LANES, SIGN_LANES = 4, 4, 64
+"""Words that one counter gives, and normal numbers and signs that one word gives."""
 
 TABLE_SHA256 = "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94baba37f"
 """Digest of the table T as little-endian float32: a machine that computes another table must not take part."""
@@ -38,6 +49,78 @@ class Stream(IntEnum):
     CHOICE = 2
     SEED = 3
     INITIALISATION = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Names a direction that has no end: whoever knows the name can make any part of it.
+
+    Attributes:
+        seed: Names a family of directions, in [0, 2⁶⁴).
+        index: Direction within the family, in [0, 2⁶⁴).
+        distribution: Of its entries, eq. (2) or (3).
+        stream: Purpose of the bits.
+
+    Example:
+        >>> Noise(7, 3).part(0, 4)
+        array([ 0.749539  ,  0.06048862,  0.7723773 , -0.04482312],
+              dtype=float32)
+        >>> Noise(7, 3, Distribution.RADEMACHER).part(2, 6)
+        array([ 1.,  1., -1., -1.], dtype=float32)
+    """
+
+    seed: int
+    index: int
+    distribution: Distribution = Distribution.NORMAL
+    stream: Stream = Stream.DIRECTION
+
+    def part(self, start: int, stop: int) -> Float32[np.ndarray, "m"]:
+        """Makes the entries at positions start, ..., stop-1.
+
+        Args:
+            start: First position, >= 0.
+            stop: Behind the last one, >= start.
+
+        Returns:
+            float32 values, shape [stop - start].
+        """
+        is_normal = self.distribution is Distribution.NORMAL
+        lanes = LANES if is_normal else SIGN_LANES
+        skipped, first = divmod(start, WORDS * lanes)
+        last = first + stop - start
+        words = _philox(self.seed, self.index, self.stream, skipped).random_raw(-(-last // lanes)).astype("<u8", copy=False)
+        if is_normal:
+            return _quantiles()[words.view("<u2")[first:last]]
+        return np.take(_octets(), words.view(np.uint8), axis=0).reshape(-1)[first:last]
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Float32[np.ndarray, "b"]]]:
+        """Yields the first entries piece by piece, in memory that does not grow with their number.
+
+        Args:
+            size: Number of values n >= 0.
+
+        Yields:
+            (start, values): `values` belong at positions start, start + 1, ...; at most `BLOCK` of them.
+
+        Example:
+            >>> [(start, len(block)) for start, block in Noise(7, 3).blocks(BLOCK + 2)]
+            [(0, 65536), (65536, 2)]
+        """
+        return ((start, self.part(start, min(start + BLOCK, size))) for start in range(0, size, BLOCK))
+
+    def values(self, size: int) -> Float32[np.ndarray, "n"]:
+        """Makes the first n entries.
+
+        Args:
+            size: Number of values n >= 0.
+
+        Returns:
+            float32 values, shape [n].
+        """
+        found = np.empty(size, np.float32)
+        for start, block in self.blocks(size):
+            found[start : start + len(block)] = block
+        return found
 
 
 def gaussian(seed: int, index: int, size: int, *, stream: Stream = Stream.DIRECTION) -> Float32[np.ndarray, "n"]:
@@ -57,36 +140,7 @@ def gaussian(seed: int, index: int, size: int, *, stream: Stream = Stream.DIRECT
         array([ 0.749539  ,  0.06048862,  0.7723773 , -0.04482312],
               dtype=float32)
     """
-    values = np.empty(size, np.float32)
-    for start, block in gaussian_blocks(seed, index, size, stream=stream):
-        values[start : start + len(block)] = block
-    return values
-
-
-def gaussian_blocks(
-    seed: int, index: int, size: int, *, stream: Stream = Stream.DIRECTION
-) -> Iterator[tuple[int, Float32[np.ndarray, "b"]]]:
-    """Yields a standard normal direction piece by piece, eq. (2), in memory that does not grow with its length.
-
-    Args:
-        seed: Names a family of directions, in [0, 2⁶⁴).
-        index: Direction within the family, in [0, 2⁶⁴).
-        size: Number of values n >= 0.
-        stream: Purpose of the bits.
-
-    Yields:
-        (start, values): `values` belong at positions start, start + 1, ...; at most `BLOCK` of them.
-
-    Example:
-        >>> [(start, len(block)) for start, block in gaussian_blocks(7, 3, BLOCK + 2)]
-        [(0, 65536), (65536, 2)]
-    """
-    generator = _philox(seed, index, stream)
-    table = _quantiles()
-    for start in range(0, size, BLOCK):
-        length = min(BLOCK, size - start)
-        words = generator.random_raw(-(-length // 4)).astype("<u8", copy=False)
-        yield start, table[words.view("<u2")[:length]]
+    return Noise(seed, index, stream=stream).values(size)
 
 
 def rademacher(seed: int, index: int, size: int) -> Float32[np.ndarray, "n"]:
@@ -104,9 +158,7 @@ def rademacher(seed: int, index: int, size: int) -> Float32[np.ndarray, "n"]:
         >>> rademacher(7, 3, 5)
         array([1., 1., 1., 1., 1.], dtype=float32)
     """
-    words = bits(seed, index, -(-size // 64), stream=Stream.SIGN)
-    lanes = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
-    return (1 - 2 * lanes.astype(np.int8)).astype(np.float32)
+    return Noise(seed, index, Distribution.RADEMACHER, Stream.SIGN).values(size)
 
 
 def bits(seed: int, index: int, count: int, *, stream: Stream) -> UInt64[np.ndarray, "count"]:
@@ -163,11 +215,12 @@ def derive(seed: int, index: int) -> int:
     return int(bits(seed, index, 1, stream=Stream.SEED)[0] >> np.uint64(1))
 
 
-def _philox(seed: int, index: int, stream: Stream) -> np.random.Philox:
+def _philox(seed: int, index: int, stream: Stream, skipped: int = 0) -> np.random.Philox:
+    """The generator of eq. (1), behind its first 4 · `skipped` words."""
     assert 0 <= seed < 1 << 64, f"seed {seed} is outside [0, 2**64)"
     assert 0 <= index < 1 << 64, f"index {index} is outside [0, 2**64)"
     # NumPy raises the counter before its first block, so word 0 is the output at counter (1, 0, 0, stream).
-    return np.random.Philox(key=np.array([seed, index], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64))
+    return np.random.Philox(key=np.array([seed, index], np.uint64), counter=np.array([skipped, 0, 0, stream], np.uint64))
 
 
 @cache
@@ -181,6 +234,13 @@ def _quantiles() -> Float32[np.ndarray, "65536"]:
     digest = hashlib.sha256(table.tobytes()).hexdigest()
     assert digest == TABLE_SHA256, f"this machine's normal table has digest {digest}, the protocol's is {TABLE_SHA256}"
     return table
+
+
+@cache
+def _octets() -> Float32[np.ndarray, "256 8"]:
+    """The signs of eq. (3) that each byte gives, lowest bit first."""
+    bits_of_bytes = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return (1 - 2 * bits_of_bytes.astype(np.int8)).astype(np.float32)
 
 
 def probe_index(group: int, position: int) -> int:

@@ -1,11 +1,13 @@
 """Applies a round's update: the same bits at the cloud, at an edge, on a device, and years later from the log.
 
     d     = Σ_k a_k u_k + Σ_(g,j) b_gj z_gj  ( + dense )                    (1)  direction from coordinates
-    m    <- γ m + d,   θ <- θ - η m                                         (2)  momentum
+    m    <- γ m + d,   θ <- θ - η m                                         (2)  momentum; SGD is γ = 0 without an m
     m    <- γ m + (1-γ) d,   s <- ν s + (1-ν) d²,
     θ    <- θ - η  m / (1-γ^t)  /  ( √(s / (1-ν^t)) + ε )                    (3)  Adam
     θ    <- dense,   m, s <- 0                                             (4)  a way back, see `algorithm.divergence`
     θ̂     = θ after (2) or (3) with d = the mean of past directions         (5)  where θ will be when this round's answers arrive
+
+SGD along random directions alone needs no memory beside θ: it can be made piece by piece where θ lies.
 
 Eq. (5) is for rounds that overlap: their devices work one step behind, and everybody can guess that step from the moments they hold.
 
@@ -21,37 +23,42 @@ References:
     Zelikman et al., 2023, Just one byte (per gradient), arXiv:2306.10015: a run as seeds and scalars.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float32
 
-from cooperllm.algorithm import compression, noise
-from cooperllm.algorithm.guidance import digest, orthonormalise, probe_keys
+from cooperllm.algorithm import compression
+from cooperllm.algorithm.guidance import digest, orthonormalise, probe_noise
+from cooperllm.algorithm.noise import BLOCK
 from cooperllm.algorithm.zeroth_order import weighted_sum
 from cooperllm.config import OptimizerConfig, OptimizerKind
 from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.messages import Guide, Snapshot, StepKind, Update
 
+NUM_MOMENTS = {OptimizerKind.SGD: 0, OptimizerKind.MOMENTUM: 1, OptimizerKind.ADAM: 2}
+"""Vectors beside θ that an optimiser keeps."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Replica:
     """Parameters and optimiser state after a number of updates; every tier holds the same one.
 
     Attributes:
         model_version: Updates applied.
         theta: θ, shape [n].
-        moments: (m,) for momentum, (m, s) for Adam, each of shape [n].
+        moments: () for SGD, (m,) for momentum, (m, s) for Adam, each of shape [n].
     """
 
     model_version: int
     theta: Float32[np.ndarray, "n"]
     moments: tuple[Float32[np.ndarray, "n"], ...]
 
-    @property
+    @cached_property
     def state_hash(self) -> bytes:
-        """Digest of everything that continues."""
+        """Digest of everything that continues, taken once: with every weight trained it takes as long as a forward pass."""
         return digest(self.theta, *self.moments)
 
     def snapshot(self) -> Snapshot:
@@ -73,34 +80,44 @@ def start(theta: Float32[np.ndarray, "n"], optimizer: OptimizerConfig) -> Replic
         >>> start(np.zeros(3, np.float32), OptimizerConfig()).model_version
         0
     """
-    num_moments = 2 if optimizer.kind is OptimizerKind.ADAM else 1
-    return Replica(model_version=0, theta=theta, moments=tuple(np.zeros_like(theta) for _ in range(num_moments)))
+    return Replica(model_version=0, theta=theta, moments=tuple(np.zeros_like(theta) for _ in range(NUM_MOMENTS[optimizer.kind])))
 
 
-def restore(snapshot: Snapshot, size: int) -> Replica:
+def restore(snapshot: Snapshot, size: int, num_moments: int) -> Replica:
     """Makes a replica from a snapshot that arrived.
 
     Args:
         snapshot: Whole state.
         size: n of the receiver's model.
+        num_moments: Vectors that the receiver's optimiser keeps beside θ.
 
     Returns:
         The replica.
 
     Raises:
-        DecodeError: If the vectors do not have the model's length.
+        DecodeError: If there are more or fewer vectors, or they do not have the model's length.
 
     Example:
-        >>> restore(start(np.zeros(3, np.float32), OptimizerConfig()).snapshot(), 3).theta.shape
+        >>> restore(start(np.zeros(3, np.float32), OptimizerConfig()).snapshot(), 3, 1).theta.shape
         (3,)
     """
     lengths = {len(vector) for vector in (snapshot.theta, *snapshot.moments)}
-    if lengths != {size} or not 1 <= len(snapshot.moments) <= 2:
-        raise DecodeError(f"snapshot: vectors of lengths {sorted(lengths)} found, {size} expected")
+    if lengths != {size} or len(snapshot.moments) != num_moments:
+        raise DecodeError(
+            f"snapshot: {1 + len(snapshot.moments)} vectors of lengths {sorted(lengths)} found, {1 + num_moments} of {size} expected"
+        )
     return Replica(model_version=snapshot.model_version, theta=snapshot.theta, moments=snapshot.moments)
 
 
-def catch_up(replica: Replica, updates: Sequence[Update], snapshot: Snapshot | None, version: int, optimizer: OptimizerConfig) -> Replica:
+def catch_up(
+    replica: Replica,
+    updates: Sequence[Update],
+    snapshot: Snapshot | None,
+    version: int,
+    optimizer: OptimizerConfig,
+    *,
+    in_place: bool = False,
+) -> Replica:
     """Brings a replica to a version from what its sender says it has missed.
 
     Args:
@@ -109,6 +126,7 @@ def catch_up(replica: Replica, updates: Sequence[Update], snapshot: Snapshot | N
         snapshot: Whole state instead, or None.
         version: Where to get to.
         optimizer: The run's optimiser.
+        in_place: As for `apply`.
 
     Returns:
         The state at that version, or the nearest before it that these lead to.
@@ -123,10 +141,10 @@ def catch_up(replica: Replica, updates: Sequence[Update], snapshot: Snapshot | N
         0
     """
     if snapshot is not None and replica.model_version < version:
-        replica = restore(snapshot, len(replica.theta))
+        replica = restore(snapshot, len(replica.theta), len(replica.moments))
     for update in updates:
         if update.model_version == replica.model_version < version:
-            replica = apply(replica, update, optimizer)
+            replica = apply(replica, update, optimizer, in_place=in_place)
     return replica
 
 
@@ -150,6 +168,8 @@ def span(replica: Replica, guide: Guide | None) -> Float32[np.ndarray, "k n"]:
     size = len(replica.theta)
     if guide is None:
         return np.zeros((0, size), np.float32)
+    if guide.has_momentum and not replica.moments:
+        raise DecodeError("guide: a momentum column announced, an optimiser without momentum found")
     momentum = [replica.moments[0]] if guide.has_momentum else []
     rows = compression.Rows(guide.payload, size)
     if guide.num_columns > len(rows):
@@ -207,10 +227,9 @@ def direction(replica: Replica, update: Update, columns: Float32[np.ndarray, "k 
     total = np.zeros(size, np.float32)
     if len(columns):
         total += weighted_sum(update.column_coefficients, columns)
-    for term in update.random_terms:
-        keys = probe_keys(update.seed, term.group, len(term.coefficients), term.chosen)
-        if len(term.coefficients):
-            total += weighted_sum(term.coefficients, (noise.gaussian(seed, index, size) for seed, index in keys))
+    for start, parts in _random_parts(update, size):
+        for part in parts:
+            total[start : start + len(part)] += part
     if update.dense is not None:
         total += compression.unpack_vector(update.dense, size)
     return total
@@ -234,6 +253,8 @@ def step(replica: Replica, along: Float32[np.ndarray, "n"], learning_rate: float
     """
     rate, decay = np.float32(learning_rate), np.float32(optimizer.momentum)
     version = replica.model_version + 1
+    if optimizer.kind is OptimizerKind.SGD:
+        return Replica(model_version=version, theta=replica.theta - rate * along, moments=())
     if optimizer.kind is OptimizerKind.MOMENTUM:
         (moment,) = replica.moments
         moment = decay * moment + along
@@ -265,8 +286,8 @@ def lookahead(replica: Replica, learning_rate: float, optimizer: OptimizerConfig
         >>> lookahead(moved, 0.5, optimizer).theta  # momentum .9: m = 1, its mean .1, the next m = .9 + .1
         array([-1.], dtype=float32)
     """
-    if learning_rate == 0 or replica.model_version == 0:
-        return replica
+    if learning_rate == 0 or replica.model_version == 0 or optimizer.kind is OptimizerKind.SGD:
+        return replica  # without moments nobody knows where past steps went
     weight = np.float32(1 - optimizer.momentum)
     if optimizer.kind is OptimizerKind.MOMENTUM:
         mean = replica.moments[0] * weight
@@ -298,13 +319,14 @@ def seal(replica: Replica, update: Update, optimizer: OptimizerConfig) -> tuple[
     return replace(update, theta_hash=after.state_hash), after
 
 
-def apply(replica: Replica, update: Update, optimizer: OptimizerConfig) -> Replica:
+def apply(replica: Replica, update: Update, optimizer: OptimizerConfig, *, in_place: bool = False) -> Replica:
     """Replays an update and checks that the result is the cloud's, bit for bit.
 
     Args:
-        replica: State before.
+        replica: State before; with `in_place` its θ may be overwritten, also when this fails.
         update: A sealed update.
         optimizer: Kind and decay rates.
+        in_place: Whether a step of SGD along random directions alone is made where θ lies.
 
     Returns:
         State after.
@@ -315,7 +337,7 @@ def apply(replica: Replica, update: Update, optimizer: OptimizerConfig) -> Repli
     Example:
         See `seal`.
     """
-    after = _applied(replica, update, optimizer)
+    after = _applied(replica, update, optimizer, in_place=in_place)
     if after.state_hash != update.theta_hash:
         raise ReplayMismatchError(
             f"round {update.round_index}: this replica has {after.state_hash.hex()} after the update, the cloud has "
@@ -324,7 +346,7 @@ def apply(replica: Replica, update: Update, optimizer: OptimizerConfig) -> Repli
     return after
 
 
-def _applied(replica: Replica, update: Update, optimizer: OptimizerConfig) -> Replica:
+def _applied(replica: Replica, update: Update, optimizer: OptimizerConfig, *, in_place: bool = False) -> Replica:
     if update.model_version != replica.model_version:
         raise ReplayMismatchError(
             f"round {update.round_index}: the update applies to version {update.model_version}, this replica is at {replica.model_version}"
@@ -333,10 +355,37 @@ def _applied(replica: Replica, update: Update, optimizer: OptimizerConfig) -> Re
         return replace(replica, model_version=replica.model_version + 1)
     if update.kind is StepKind.ROLLBACK:
         return _rolled_back(replica, update)
+    if in_place and optimizer.kind is OptimizerKind.SGD and update.guide is None and update.dense is None:
+        return _stepped_in_place(replica, update)
     along = direction(replica, update, span(replica, update.guide))
     if update.kind is StepKind.RESTART:
         replica = replace(replica, moments=tuple(np.zeros_like(moment) for moment in replica.moments))
     return step(replica, along, update.learning_rate, optimizer)
+
+
+def _stepped_in_place(replica: Replica, update: Update) -> Replica:
+    """Makes a step of SGD piece by piece: the bits of `step`, in memory that does not grow with θ."""
+    if len(update.column_coefficients):
+        raise DecodeError(f"update: {len(update.column_coefficients)} column coefficients found, none expected without a guide")
+    rate = np.float32(update.learning_rate)
+    for start, parts in _random_parts(update, len(replica.theta)):
+        block = sum(parts, start=np.zeros(min(BLOCK, len(replica.theta) - start), np.float32))
+        replica.theta[start : start + len(block)] -= rate * block
+    return replace(replica, model_version=replica.model_version + 1)
+
+
+def _random_parts(update: Update, size: int) -> Iterator[tuple[int, Iterator[Float32[np.ndarray, "b"]]]]:
+    """The terms b_gj z_gj of eq. (1), each summed over its directions j, for one block of positions after the other."""
+    terms = [
+        (term.coefficients, list(probe_noise(update.seed, term.group, len(term.coefficients), update.distribution, term.chosen)))
+        for term in update.random_terms
+        if len(term.coefficients)
+    ]
+
+    def parts(start: int, stop: int) -> Iterator[Float32[np.ndarray, "b"]]:
+        return (weighted_sum(coefficients, (named.part(start, stop) for named in directions)) for coefficients, directions in terms)
+
+    return ((start, parts(start, min(start + BLOCK, size))) for start in range(0, size, BLOCK))
 
 
 def _rolled_back(replica: Replica, update: Update) -> Replica:

@@ -21,8 +21,13 @@ from itertools import islice
 import numpy as np
 from jaxtyping import Float32
 
+from cooperllm.algorithm.noise import Noise
+
 Evaluate = Callable[[Float32[np.ndarray, "P n"]], Float32[np.ndarray, "P"]]
 """Losses of one fixed batch at P points: all that two-point slopes ask of a runtime."""
+
+EvaluateAlong = Callable[[Float32[np.ndarray, "n"], Noise, float], float]
+"""The loss of one fixed batch at θ + s z, z by its name: for models of which nobody wants to hold two."""
 
 Differentiate = Callable[[Float32[np.ndarray, "n"], Float32[np.ndarray, "P n"]], tuple[float, Float32[np.ndarray, "P"]]]
 """The loss of one fixed batch at θ and its derivatives along P directions, from one forward pass that carries all of them."""
@@ -67,6 +72,32 @@ def slopes(
             found += list((losses[0::2] - losses[1::2]) / (2 * scale))
     with np.errstate(over="ignore"):
         return np.array(found, np.float64).astype(np.float32)
+
+
+def slopes_along_noise(
+    evaluate: EvaluateAlong, theta: Float32[np.ndarray, "n"], directions: Iterable[Noise], scale: float
+) -> tuple[Float32[np.ndarray, "P"], list[float]]:
+    """Measures the slope along directions that are never made as a whole, eq. (1).
+
+    Args:
+        evaluate: The loss at θ + s z on one batch; called without autograd.
+        theta: Point of evaluation θ, shape [n]; not modified.
+        directions: Names of the directions z_p.
+        scale: Half-step μ > 0, in units of θ per unit of z.
+
+    Returns:
+        (slopes g(z_p), shape [P], as of `slopes`; the losses that they come from, two each).
+
+    Example:
+        >>> f = lambda theta, z, s: float((theta + s * z.values(2)) @ np.array([3.0, -1.0], np.float32))
+        >>> found, losses = slopes_along_noise(f, np.zeros(2, np.float32), [Noise(7, 3)], 0.5)
+        >>> found, len(losses)
+        (array([2.1881285], dtype=float32), 2)
+    """
+    losses = [evaluate(theta, z, sign * scale) for z in directions for sign in (1, -1)]
+    pairs = np.array(losses, np.float64).reshape(-1, 2)
+    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf: the slope says so
+        return ((pairs[:, 0] - pairs[:, 1]) / (2 * scale)).astype(np.float32), losses
 
 
 def derivatives(

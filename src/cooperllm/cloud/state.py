@@ -24,7 +24,7 @@ from cooperllm.algorithm.maps import joined, missing
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud.guide import GuideMaker
 from cooperllm.cloud.maps import MapFitter
-from cooperllm.config import RunConfig
+from cooperllm.config import Distribution, RunConfig
 from cooperllm.errors import DivergenceError, QuorumError
 from cooperllm.messages import EdgeReport, Feedback, Guide, Maps, Outcome, Plan, Probes, StepKind, Update
 
@@ -228,6 +228,7 @@ class Cloud:
             loss=_mean_loss(reports) if num_reports else None,
             theta_hash=bytes(16),
             kind=found.kind,
+            distribution=Distribution.NORMAL if plan.probes is None else plan.probes.distribution,
         )
         sealed, after = replay.seal(self.replica, update, self.config.optimizer)
         self._note(sealed)

@@ -29,6 +29,13 @@ class ArmName(Enum):
     FEDAVG_BP_CHECKPOINTED = "fedavg-bp-checkpointed"
 
 
+class Distribution(Enum):
+    """Of the entries of isotropic random directions: both have mean 0 and variance 1, so that estimates have the same scale."""
+
+    NORMAL = "normal"
+    RADEMACHER = "rademacher"
+
+
 class Rectification(Enum):
     """How the paper's arm mixes the cloud's gradient into the estimate."""
 
@@ -43,6 +50,7 @@ class ArmConfig:
     Attributes:
         name: The method.
         learning_rate: Step size η, > 0; what is right for Adam, the default, is not for momentum.
+        distribution: Of the entries of isotropic random directions, normal or signs; signs are made in a thirtieth of the time.
         queries: Two-point queries per device and round, >= 1, for every zeroth-order arm.
         column_scale: Half-step μ along a unit direction, > 0.
         random_scale: Half-step μ along a standard normal direction, > 0.
@@ -78,6 +86,7 @@ class ArmConfig:
 
     name: ArmName = ArmName.FEEDBACK
     learning_rate: float = 0.005
+    distribution: Distribution = Distribution.NORMAL
     queries: int = 5
     column_scale: float = 0.03
     random_scale: float = 1e-3
@@ -137,6 +146,9 @@ class ArmConfig:
         )
         check(self.seed_pool_size <= 1 << 32, "arm.seed_pool_size", self.seed_pool_size, "<= 2**32")
         check(self.most_held_rounds >= 0, "arm.most_held_rounds", self.most_held_rounds, ">= 0")
+        only_normal = self.name in {ArmName.PAPER, ArmName.FWDLLM}
+        expected = f"normal for the arm {self.name.value}, whose scale is that of normal numbers"
+        check(not only_normal or self.distribution is Distribution.NORMAL, "arm.distribution", self.distribution.value, expected)
         check(self.effective_rank >= 0, "arm.effective_rank", self.effective_rank, ">= 0")
         check(0 <= self.basis_size <= 1000, "arm.basis_size", self.basis_size, "0 to 1000")
         check(0 <= self.public_weight <= 1, "arm.public_weight", self.public_weight, "in [0, 1]")

@@ -13,8 +13,9 @@ from cooperllm.errors import ConfigError
 
 
 class OptimizerKind(Enum):
-    """The server's optimiser."""
+    """The server's optimiser; SGD keeps nothing beside θ, for models whose every weight is trained."""
 
+    SGD = "sgd"
     MOMENTUM = "momentum"
     ADAM = "adam"
 
@@ -84,7 +85,7 @@ class OptimizerConfig:
     """The server's optimiser, which every replica replays.
 
     Attributes:
-        kind: Momentum or Adam.
+        kind: SGD, momentum or Adam.
         momentum: Decay γ of the first moment, in [0, 1).
         square_decay: Decay ν of Adam's second moment, in [0, 1).
         epsilon: Adam's ε, > 0.
@@ -157,6 +158,9 @@ class RunConfig:
             f"0 for the arm {self.arm.name.value} with a pool of {self.arm.pool_size}: its steps are named by the θ that they start from"
         )
         check(not (self.federation.staleness and is_bound), "federation.staleness", self.federation.staleness, expected)
+        follows = self.optimizer.kind is OptimizerKind.SGD and self.arm.name in {ArmName.MEASURED, ArmName.FWDLLM}
+        expected = f"momentum or adam for the arm {self.arm.name.value}: it looks along the server's momentum"
+        check(not follows, "optimizer.kind", self.optimizer.kind.value, expected)
         self._check_objective()
         check(self.activation_mib is None or self.activation_mib > 0, "activation_mib", self.activation_mib, "> 0, or none")
 

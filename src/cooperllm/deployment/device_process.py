@@ -47,7 +47,9 @@ def run_device_process(settings: DeviceSettings, stop: threading.Event) -> None:
     start = replay.start(package.theta, job.config.optimizer)
     kept = StateFile(settings.state / "replica.bin")
     latest = kept.read(start)
-    host = Host({settings.number: device}, start, job.config.optimizer, tuple[()], job.config.slope_method, keep=kept.write, latest=latest)
+    host = Host(
+        {settings.number: device}, lambda: start, job.config.optimizer, tuple[()], job.config.slope_method, keep=kept.write, latest=latest
+    )
     _log.info(
         "device %d: %d texts, %d of them cut at %d tokens; version %d",
         settings.number,

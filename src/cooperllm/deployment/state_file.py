@@ -32,13 +32,12 @@ class StateFile:
         """
         try:
             data = self._file.read_bytes()
-            found = replay.restore(decode(_checked(data), Snapshot), len(start.theta))
+            return replay.restore(decode(_checked(data), Snapshot), len(start.theta), len(start.moments))
         except FileNotFoundError:
             return None
         except (OSError, DecodeError) as error:
             _log.warning("%s: not used (%s); starting from version 0", self._file, error)
             return None
-        return found if len(found.moments) == len(start.moments) else None
 
     def write(self, replica: Replica) -> None:
         """Keeps a replica; a full disk costs a snapshot after the next start, and nothing else."""

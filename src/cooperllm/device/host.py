@@ -24,29 +24,31 @@ class Host:
     def __init__(
         self,
         runtimes: Sequence[Runtime] | Mapping[int, Runtime],
-        replica: Replica,
+        start: Callable[[], Replica],
         optimizer: OptimizerConfig,
         history: Callable[[], Sequence[Update]],
         slope_method: SlopeMethod = SlopeMethod.TWO_SIDED,
         *,
         keep: Callable[[Replica], object] = bool,
         latest: Replica | None = None,
+        in_place: bool = False,
     ) -> None:
         """Takes the devices' state.
 
         Args:
             runtimes: Of each device, by its number.
-            replica: Version 0.
+            start: Makes version 0; once now, and again when a cloud that was killed begins anew.
             optimizer: The run's optimiser.
             history: Updates that the devices knew before this process began.
             slope_method: How slopes are measured.
             keep: Called with every new state: a device of its own writes it to disk.
             latest: What it had written before, or None.
+            in_place: Whether a step may be made where θ lies, `algorithm.replay.apply`: `start` gives an array that is this process's own.
         """
         self._runtimes = dict(enumerate(runtimes)) if isinstance(runtimes, Sequence) else runtimes
         self._keep = keep
-        self._start, self._replica = replica, latest or replica
-        self._optimizer = optimizer
+        self._start, self._replica = start, latest or start()
+        self._optimizer, self._in_place = optimizer, in_place
         self._history = history
         self._slope_method = slope_method
         self._maps: tuple[Maps, ...] = ()
@@ -56,19 +58,22 @@ class Host:
         """Decodes an order, brings the replica to its version, works, and encodes the report."""
         order = decode(data, Order)
         if self._replica.model_version > order.plan.model_version:  # a cloud that was killed has begun an earlier round again
-            self._replica = self._start
+            self._replica = self._start()
         known = order.plan.model_version - len(order.updates)
         if order.snapshot is None and self._replica.model_version < known:
             for update in self._history()[self._replica.model_version : known]:
-                self._replica = replay.apply(self._replica, update, self._optimizer)
+                self._replica = replay.apply(self._replica, update, self._optimizer, in_place=self._in_place)
         if order.device_id not in self._runtimes:
             raise ProtocolError(f"order: device {order.device_id} addressed, {sorted(self._runtimes)} found here")
         version = order.plan.model_version
-        reached = replay.catch_up(self._replica, order.updates, order.snapshot, version, self._optimizer)
+        before = self._replica.model_version
+        reached = replay.catch_up(self._replica, order.updates, order.snapshot, version, self._optimizer, in_place=self._in_place)
+        if self._in_place:
+            self._replica = reached  # what was there before is no more
         if reached.model_version < version:  # the edge thinks of a device that has lost its disk since
             return encode(behind(order, reached.model_version))
         reached = catch_up(reached, order, self._optimizer)
-        if reached is not self._replica:
+        if reached.model_version != before:
             self._replica = reached
             self._keep(reached)
         runtime = self._runtimes[order.device_id]

@@ -13,12 +13,13 @@ from jaxtyping import Float32
 
 from cooperllm.algorithm import feedback, guidance, noise, replay, rounding, zeroth_order
 from cooperllm.algorithm.compression import EXACT, pack_unbiased
-from cooperllm.algorithm.guidance import random_directions
+from cooperllm.algorithm.guidance import isotropic, random_directions
 from cooperllm.algorithm.maps import DecodedMaps
+from cooperllm.algorithm.noise import Noise
 from cooperllm.algorithm.replay import Replica
 from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
 from cooperllm.config import OptimizerConfig, SlopeMethod, passes_of_estimates
-from cooperllm.device.runtime import Runtime, Trainer
+from cooperllm.device.runtime import Runtime, Streaming, Trainer
 from cooperllm.errors import ProtocolError, ReplayMismatchError
 from cooperllm.messages import (
     FORMAT_VERSION,
@@ -226,6 +227,20 @@ class _Meter:
         found = zeroth_order.derivatives(noted, self._theta, everything, directions_per_pass=most)
         return np.split(found, np.cumsum([number for _, number, _ in asked])[:-1])
 
+    @property
+    def streams_noise(self) -> bool:
+        """Whether noise is added to weights while they are used; forward mode has no use for that."""
+        return isinstance(self._runtime, Streaming) and self._runtime.streams_noise and self._method is not SlopeMethod.FORWARD_MODE
+
+    def slopes_along_noise(self, directions: Iterable[Noise], scale: float) -> Float32[np.ndarray, "P"]:
+        """Measures slopes along directions that are never made as a whole."""
+        assert isinstance(self._runtime, Streaming), "a runtime that streams noise"
+        evaluate = self._runtime.evaluate_along(self._chosen)
+        found, losses = zeroth_order.slopes_along_noise(evaluate, self._theta, directions, self._half_step(scale))
+        self.losses.extend(losses)
+        self.forward_passes += len(losses)
+        return found
+
     def deviation(self, slopes: Float32[np.ndarray, "k"], scale: float) -> float:
         """Standard deviation that slopes of a plan's μ owe to rounding, as far as the plan cares for it."""
         if not len(slopes) or self._signal_to_noise == 0 or self._differentiates([scale]):
@@ -300,8 +315,12 @@ def _probe(
     replica: Replica,
     meter: _Meter,
 ) -> tuple[Float32[np.ndarray, "columns"], Float32[np.ndarray, "random"]]:
-    measured = columns if probes.measures_columns else columns[:0]
-    random = random_directions(order.plan.seed, order.group, probes, basis if len(basis) else list(columns), len(replica.theta))
+    measured, guided = columns if probes.measures_columns else columns[:0], basis if len(basis) else list(columns)
+    if meter.streams_noise and probes.blend is None:
+        (of_columns,) = meter.slopes((measured, len(measured), probes.column_scale))
+        named = isotropic(order.plan.seed, order.group, probes, guided, len(replica.theta))
+        return of_columns, meter.slopes_along_noise(named, probes.random_scale)
+    random = random_directions(order.plan.seed, order.group, probes, guided, len(replica.theta))
     found = meter.slopes((measured, len(measured), probes.column_scale), (random, probes.num_random, probes.random_scale))
     return found[0], found[1]
 

@@ -9,7 +9,7 @@ from jaxtyping import Float32
 from cooperllm.algorithm.label_adjustment import label_adjustment
 from cooperllm.algorithm.maps import DecodedMaps
 from cooperllm.algorithm.rounding import Rounding
-from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
+from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate, EvaluateAlong
 from cooperllm.completion import Encoded
 
 GRAPH_SHARE = 2
@@ -89,6 +89,27 @@ class Runtime(Protocol):
 
         Returns:
             (ê [n]; the batch's mean loss).
+        """
+        ...
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A runtime that can make noise where a weight is used: for θ of which a device has no room for a copy."""
+
+    @property
+    def streams_noise(self) -> bool:
+        """Whether slopes along isotropic random directions are to be measured in this way."""
+        ...
+
+    def evaluate_along(self, chosen: Sequence[int]) -> EvaluateAlong:
+        """Prepares one batch.
+
+        Args:
+            chosen: Which private examples, positions in [0, num_examples).
+
+        Returns:
+            The batch's loss as a function of θ, the name of a direction z, and s: at θ + s z.
         """
         ...
 

@@ -15,11 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cooperllm.algorithm import feedback
 from cooperllm.algorithm.maps import DecodedMaps
+from cooperllm.algorithm.noise import Noise
 from cooperllm.algorithm.rounding import NO_ROUNDING, Rounding
-from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate
+from cooperllm.algorithm.zeroth_order import Differentiate, Evaluate, EvaluateAlong
 from cooperllm.answers import Judge
 from cooperllm.config import AdapterKind, ModelConfig
 from cooperllm.device.runtime import DIRECTIONS_PER_PASS, GRAPH_SHARE, score_shift
+from cooperllm.streamed_noise import perturbed
 
 
 @runtime_checkable
@@ -101,6 +103,22 @@ class TorchForward:
                     return torch.func.vmap(loss)(theta).float().numpy()
 
         return losses, self._points_per_pass(batch, 1)
+
+    @property
+    def streams_noise(self) -> bool:
+        """Where every weight is trained, so that a point would be a second copy of the model."""
+        return self._model.config.adapter is AdapterKind.FULL and self._judge is None
+
+    def evaluate_along(self, chosen: Sequence[int]) -> EvaluateAlong:
+        """Pads a batch once and returns its loss at θ + s z, noise being added to weights while they are used."""
+        batch = self._model.batch(self._examples, [self.shard[position] for position in chosen])
+
+        def loss(theta: Float32[np.ndarray, "n"], direction: Noise, scale: float) -> float:
+            point = torch.from_numpy(theta)
+            with torch.inference_mode(), perturbed(point, direction, scale):
+                return float(self._loss(point, batch))
+
+        return loss
 
     def _misses(self, judge: Judge, indices: Sequence[int], points: Float32[np.ndarray, "P n"]) -> Float32[np.ndarray, "P"]:
         """One less the mean score of the answers at each point."""
@@ -196,7 +214,8 @@ class TorchForward:
         return point.numpy(), losses[0]
 
     def _scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
-        return self._model.scores(theta, batch).float() + self._shift
+        scores = self._model.scores(theta, batch).float()
+        return scores + self._shift if len(self._shift) > 1 else scores  # a copy of a whole vocabulary's scores is worth saving
 
     def _loss(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(self._scores(theta, batch), batch.labels)
