@@ -50,7 +50,10 @@ def checkpointed(network: nn.Module) -> Generator[None]:
     """
     found = layer_stack(network)
     if found is None:
-        raise ConfigError("arm.name: fedavg-bp-checkpointed needs a model whose layers stand in one list; choose --arm fedavg-bp")
+        raise ConfigError(
+            "activations: checkpoints need a model whose layers stand in one list; choose --arm fedavg-bp, or --set "
+            "model.checkpoints_activations=false"
+        )
     layers: Any = found[1]
     with ExitStack() as changes:
         for layer in layers:

@@ -12,9 +12,21 @@ from cooperllm import data, models
 from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
+from cooperllm.algorithm.rounding import NO_ROUNDING, Rounding, rounding_of
 from cooperllm.answers import judge_of
 from cooperllm.cloud import Cloud, GuideMaker, MapFitter
-from cooperllm.config import UNLABELLED, AdapterKind, ArmName, Objective, OptimizerKind, RunConfig, RuntimeName, SlopeMethod, Variant
+from cooperllm.config import (
+    UNLABELLED,
+    AdapterKind,
+    ArmName,
+    Objective,
+    OptimizerKind,
+    RunConfig,
+    RuntimeName,
+    SlopeMethod,
+    Variant,
+    WeightType,
+)
 from cooperllm.data import Task, Texts
 from cooperllm.device import Host, Runtime
 from cooperllm.device.settings import GraphLibrary, Settings
@@ -26,6 +38,9 @@ from cooperllm.run_directory import RunDirectory
 
 DATA, INITIAL = 1 << 32, 2 << 32
 """Children of the run's seed; rounds are its first 2³² children."""
+
+ROUNDING_TEXTS, ROUNDING_DIRECTIONS, ROUNDING_DISTANCE = 16, 4, 0.02
+"""Where rounded weights show what they do to losses: texts, directions, and how far from θ_0, where LoRA has no slope along half of θ."""
 
 VARIANTS = {
     RuntimeName.ONNX: Variant.FP32,
@@ -144,7 +159,13 @@ class Assembly:
     def cloud(self) -> Cloud:
         """Builds the cloud at version 0."""
         settings = self.config.arm
-        maker = GuideMaker(self.material.model, self.material.public, settings.public_batch_size, settings.pool_size)
+        maker = GuideMaker(
+            self.material.model,
+            self.material.public,
+            settings.public_batch_size,
+            settings.pool_size,
+            checkpoints_activations=self.config.model.checkpoints_activations,
+        )
         fitter = MapFitter(
             self.material.model,
             self.material.public,
@@ -169,7 +190,9 @@ class Assembly:
         if self.config.runtime is RuntimeName.TORCH:
             judge = judge_of(self.config.device_score)
             runtimes: Sequence[Runtime] = [
-                TorchForward(material.model, material.private, shard.tolist(), self.config.activation_mib, adjustment, judge)
+                TorchForward(
+                    material.model, material.private, shard.tolist(), self.config.activation_mib, adjustment, judge, self._rounding
+                )
                 for shard in material.shards
             ]
         else:
@@ -182,6 +205,20 @@ class Assembly:
 
         history, slope_method = self.directory.updates, self.config.slope_method
         return Host(runtimes, start, self.config.optimizer, history, slope_method, in_place=in_place)
+
+    def _rounding(self) -> Rounding:
+        """How losses are rounded: measured once where weights are, at a point that has moved a little."""
+        return NO_ROUNDING if self.config.model.dtype is WeightType.FLOAT32 else self._measured_rounding
+
+    @cached_property
+    def _measured_rounding(self) -> Rounding:
+        count, directions = min(ROUNDING_TEXTS, len(self.material.private)), ROUNDING_DIRECTIONS
+        device = TorchForward(self.material.model, self.material.private, range(count), self.config.activation_mib)
+        first, *others = (
+            noise.gaussian(self.config.seed, index, len(self.start.theta), stream=noise.Stream.CHOICE) for index in range(1 + directions)
+        )
+        point = self.start.theta + np.float32(ROUNDING_DISTANCE) * first
+        return rounding_of(device.evaluate(range(count))[0], point, others, count)
 
     @property
     def package_path(self) -> Path:

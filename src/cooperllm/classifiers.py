@@ -61,8 +61,8 @@ class LabelWords(nn.Module):
         at_last = hidden[torch.arange(last.shape[0]), last]
         if type(head) is not nn.Linear:  # an adapter's layer, say
             return own(at_last)[:, self.word_ids]
-        scores = at_last @ head.weight[self.word_ids].T
-        return scores if getattr(head, "bias", None) is None else scores + head.bias[self.word_ids]
+        scores = at_last.float() @ head.weight[self.word_ids].float().T
+        return scores if getattr(head, "bias", None) is None else scores + head.bias[self.word_ids].float()
 
 
 class NextTokens(nn.Module):
@@ -141,9 +141,9 @@ def _mean_state(backbone: nn.Module, token_ids: Tensor, mask: Tensor) -> Tensor:
     config: Any = backbone.config
     # A layer that runs once more would find its own keys in a cache, and attend to them.
     without_cache = {"use_cache": False} if getattr(config, "use_cache", False) else {}
-    hidden = backbone(input_ids=token_ids, attention_mask=mask, **without_cache).last_hidden_state
+    hidden = backbone(input_ids=token_ids, attention_mask=mask, **without_cache).last_hidden_state.float()
     weights = mask[..., None].to(hidden.dtype)
-    return ((hidden * weights).sum(1) / weights.sum(1)).float()
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def _label_embeddings(config: ModelConfig, backbone: nn.Module, tokenizer: Any) -> Tensor:

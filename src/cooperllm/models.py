@@ -367,7 +367,7 @@ def load(config: ModelConfig, num_classes: int) -> Model:
         num_classes: C >= 2; for next tokens the vocabulary's size takes its place.
 
     Returns:
-        The model, in evaluation mode, on the CPU, in float32.
+        The model, in evaluation mode, on the CPU; what is trained is float32.
 
     Raises:
         ConfigError: If the model cannot be found or has no layer that the adapter could attach to.
@@ -380,7 +380,7 @@ def load(config: ModelConfig, num_classes: int) -> Model:
     if num_classes < 2 and config.objective is not Objective.NEXT_TOKEN:
         raise ConfigError(f"labels: found {num_classes} classes, expected at least 2")
     with torch.random.fork_rng(devices=[]):  # PyTorch and PEFT draw initial values, which θ_0 replaces
-        backbone, tokenizer = pretrained(config.name, causal=is_causal)
+        backbone, tokenizer = pretrained(config.name, causal=is_causal, dtype=getattr(torch, config.dtype.value))
         backbone.requires_grad_(config.adapter is AdapterKind.FULL)
         if config.objective is Objective.NEXT_TOKEN:
             num_classes = int(backbone.get_output_embeddings().weight.shape[0])

@@ -21,26 +21,28 @@ PACKAGED = "minilm"
 TINY = "tiny-llama"
 
 
-def pretrained(name: str, *, causal: bool) -> tuple[Any, Any]:
+def pretrained(name: str, *, causal: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Finds a model and its tokeniser.
 
     Args:
         name: "minilm", "tiny-llama", a directory or an id on a hub.
         causal: Whether it is to have a language-model head.
+        dtype: What its weights are to be kept in.
 
     Returns:
-        (model in float32, tokenizer).
+        (model, tokenizer).
 
     Raises:
         ConfigError: If there is no such model, or it has no such head.
     """
     if name == TINY:
-        return tiny_llama(causal=causal)
+        model, tokenizer = tiny_llama(causal=causal)
+        return model.to(dtype), tokenizer
     place = packaged_minilm() if name == PACKAGED else name
     factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        loaded: Any = factory.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = factory.from_pretrained(place, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name: {name!r} could not be loaded: expected 'minilm', a directory with a Hugging Face model, or an id on a hub that "

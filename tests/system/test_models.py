@@ -11,10 +11,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import cooperllm
 from cooperllm import models, pretrained
+from cooperllm.algorithm import replay
+from cooperllm.algorithm.rounding import NO_ROUNDING, least_half_step
+from cooperllm.assembly import Assembly, Material, assemble
 from cooperllm.classifiers import classifier_for
-from cooperllm.config import AdapterKind, ModelConfig, Objective
+from cooperllm.cloud import GuideMaker
+from cooperllm.config import AdapterKind, ArmName, EngineName, ModelConfig, Objective, Variant, WeightType
 from cooperllm.errors import ConfigError
+from cooperllm.packaging import write_package
+from cooperllm.run_directory import RunDirectory
 
 TEXTS = [
     "A stirring, funny film.",
@@ -310,3 +317,60 @@ def test_a_model_that_cannot_be_built_is_refused_with_a_sentence(config, sentenc
 def test_one_class_is_not_a_task():
     with pytest.raises(ConfigError, match="found 1 classes, expected at least 2"):
         models.load(TINY, 1)
+
+
+LOW = pytest.mark.parametrize("dtype", [WeightType.BFLOAT16, WeightType.FLOAT16], ids=lambda dtype: dtype.value)
+
+
+@LOW
+@pytest.mark.parametrize("config", [ModelConfig(), WORDS, TINY_COMPARED], ids=["head", "label words", "label texts"])
+def test_weights_of_two_bytes_leave_what_is_trained_and_scores_in_float32(config, dtype):
+    exact, model = models.load(config, 2), models.load(replace(config, dtype=dtype), 2)
+    kept = {name: tensor.dtype for name, tensor in model.network.named_parameters()}
+    assert {kept[name] for name in model.layout.names} == {torch.float32}
+    frozen = {kept[name] for name in kept if name not in model.layout.names}
+    assert frozen == {getattr(torch, dtype.value)}
+    found = scores(model, moved(model))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, scores(exact, moved(exact)), rtol=0, atol=0.1)
+    assert not torch.equal(found, scores(exact, moved(exact)))
+
+
+@LOW
+def test_a_run_on_weights_of_two_bytes_knows_their_rounding_and_is_replayed_bit_for_bit(dtype, tmp_path):
+    """bfloat16 asks for half-steps of about .001 here, which is the usual one along normal numbers; float16 for a tenth of that."""
+    config = cooperllm.recipe("demo").with_arm(ArmName.MEASURED)
+    config = replace(config, model=replace(config.model, dtype=dtype), num_rounds=2, engine=EngineName.LOOPBACK)
+    config = replace(config, data=replace(config.data, num_test=40, num_validation=4))
+    run = cooperllm.run(config, tmp_path / "run")
+    assembly = assemble(RunDirectory(run.path))
+    assert assembly._rounding() is assembly._rounding(), "measured once"
+    assert 1e-5 < least_half_step(assembly._rounding(), config.arm.signal_to_noise) < 1e-2
+    replica = assembly.start
+    for update in RunDirectory(run.path).updates():
+        replica = replay.apply(replica, update, config.optimizer)
+    assert replica.model_version == 2
+
+
+def test_where_weights_are_float32_nobody_measures_their_rounding(tmp_path):
+    config = cooperllm.recipe("demo").with_arm(ArmName.MEASURED)
+    assembly = Assembly(config, RunDirectory(tmp_path), Material(config))
+    assert assembly._rounding() is NO_ROUNDING
+
+
+def test_a_package_of_weights_that_were_rounded_before_is_refused(tmp_path):
+    model = models.load(replace(WORDS, dtype=WeightType.BFLOAT16), 2)
+    with pytest.raises(ConfigError, match=r"model.dtype: found bfloat16, expected float32 for a package"):
+        write_package(model, model.initial_parameters(0), tmp_path / "package", label_names=("a", "b"), variant=Variant.FP32, seed=0)
+    assert not (tmp_path / "package").exists()
+
+
+@pytest.mark.parametrize("caches_prefix", [True, False], ids=["cached prefix", "no prefix"])
+def test_a_cloud_that_checkpoints_activations_has_the_same_gradient(caches_prefix):
+    model = models.load(replace(WORDS, last_layers=None if not caches_prefix else 1), 2)
+    public, theta = model.encode(TEXTS, None, [0, 1, 0, 1]), moved(model).numpy()
+    plain, frugal = (GuideMaker(model, public, 4, 1, checkpoints_activations=answer) for answer in (False, True))
+    gradient, loss = plain.gradient(theta, 7)
+    assert np.abs(gradient).max() > 1e-3
+    again, same = frugal.gradient(theta, 7)
+    assert (again.tobytes(), same) == (gradient.tobytes(), loss)

@@ -11,6 +11,7 @@ Dimension key: B public examples, C classes, K rows of the basis, n trainable pa
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,6 +49,10 @@ class DifferentiableModel(Protocol):
         """Returns scores [R, C], differentiable in θ."""
         ...
 
+    def checkpointed(self) -> AbstractContextManager[None]:
+        """Within it, layers keep their inputs alone for a backward pass."""
+        ...
+
 
 class GuideMaker:
     """Makes a round's directions from public examples.
@@ -56,10 +61,12 @@ class GuideMaker:
         pool_size: Public gradients kept for the paper's arm, newest first.
     """
 
-    def __init__(self, model: DifferentiableModel, public: Any, batch_size: int, pool_size: int) -> None:
+    def __init__(
+        self, model: DifferentiableModel, public: Any, batch_size: int, pool_size: int, *, checkpoints_activations: bool = False
+    ) -> None:
         self._model = model
         self._public = public
-        self._batch_size = batch_size
+        self._batch_size, self._checkpoints_activations = batch_size, checkpoints_activations
         self.pool_size = pool_size
         self._pool: deque[np.ndarray] = deque(maxlen=pool_size)
         self._latest_seed: int | None = None
@@ -122,8 +129,8 @@ class GuideMaker:
     ) -> tuple[Float32[np.ndarray, "n"], float]:
         """Gradient and loss over public examples, with their own labels or those given."""
         point, batch = torch.from_numpy(theta.copy()).requires_grad_(), self._model.batch(self._public, chosen.tolist())
-        loss = torch.nn.functional.cross_entropy(
-            self._model.scores(point, batch).float(), batch.labels if labels is None else torch.from_numpy(labels)
-        )
+        with self._model.checkpointed() if self._checkpoints_activations else nullcontext():
+            scores = self._model.scores(point, batch).float()
+        loss = torch.nn.functional.cross_entropy(scores, batch.labels if labels is None else torch.from_numpy(labels))
         (gradient,) = torch.autograd.grad(loss, point)
         return gradient.numpy(), float(loss.detach())

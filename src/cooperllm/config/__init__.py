@@ -32,6 +32,7 @@ from cooperllm.config.task import (
     Objective,
     Partition,
     SourceConfig,
+    WeightType,
 )
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "SlopeMethod",
     "SourceConfig",
     "Variant",
+    "WeightType",
     "from_plain",
     "passes_of_estimates",
     "queries_of_estimates",

@@ -8,7 +8,7 @@ import msgspec
 
 from cooperllm.config.arm import ArmConfig, ArmName
 from cooperllm.config.check import check
-from cooperllm.config.task import DataConfig, FederationConfig, ModelConfig, Objective
+from cooperllm.config.task import DataConfig, FederationConfig, ModelConfig, Objective, WeightType
 from cooperllm.errors import ConfigError
 
 
@@ -153,6 +153,9 @@ class RunConfig:
         learns_alone = self.arm.name in {ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED}
         needs_torch = learns_alone and self.runtime is not RuntimeName.TORCH
         check(not needs_torch, "runtime", self.runtime.value, f"torch for the arm {self.arm.name.value}: its devices back-propagate")
+        rounds_weights = self.model.dtype is not WeightType.FLOAT32 and self.runtime is not RuntimeName.TORCH
+        expected = f"torch for weights in {self.model.dtype.value}: packages have variants of their own, such as onnx-int8"
+        check(not rounds_weights, "runtime", self.runtime.value, expected)
         is_bound = self.arm.name not in STALE_ARMS or self.arm.pool_size > 1
         expected = (
             f"0 for the arm {self.arm.name.value} with a pool of {self.arm.pool_size}: its steps are named by the θ that they start from"

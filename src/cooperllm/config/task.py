@@ -21,6 +21,14 @@ class AdapterKind(Enum):
     FULL = "full"
 
 
+class WeightType(Enum):
+    """What frozen weights are kept in, and layers compute in; θ, losses and steps are float32 always."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class Objective(Enum):
     """What a model's scores are for: one per class, or one per token of the vocabulary wherever a token of a completion is due."""
 
@@ -55,6 +63,8 @@ class ModelConfig:
         prompt: For label words and next tokens: the text with {text} (and {text2}) to be filled in.
         uses_chat_template: Whether, for next tokens, the tokeniser's own chat template stands in place of the prompt.
         label_words: One word, or for label texts one short text, per class, in the order of the labels.
+        dtype: What the frozen weights are kept in; every weight that is trained is float32.
+        checkpoints_activations: Whether the cloud's backward passes keep the inputs of layers alone and run them once more: the same bits.
         caches_prefix: Whether the frozen layers below the first adapted one are computed once per example and kept.
     """
 
@@ -69,6 +79,8 @@ class ModelConfig:
     prompt: str = "{text} It was"
     uses_chat_template: bool = False
     label_words: tuple[str, ...] = ()
+    dtype: WeightType = WeightType.FLOAT32
+    checkpoints_activations: bool = False
     caches_prefix: bool = True
 
     def __post_init__(self) -> None:
@@ -77,6 +89,8 @@ class ModelConfig:
         check(self.lora_alpha > 0, "model.lora_alpha", self.lora_alpha, "> 0")
         check(self.last_layers is None or self.last_layers >= 1, "model.last_layers", self.last_layers, ">= 1, or none")
         check(self.max_tokens >= 2, "model.max_tokens", self.max_tokens, ">= 2")
+        is_whole = self.adapter is AdapterKind.FULL and self.dtype is not WeightType.FLOAT32
+        check(not is_whole, "model.dtype", self.dtype.value, "float32 for the adapter full: every weight is trained")
         is_next_token = self.objective is Objective.NEXT_TOKEN
         if self.objective is Objective.LABEL_WORDS or is_next_token:
             check("{text}" in self.prompt, "model.prompt", self.prompt, "a prompt that contains {text}")

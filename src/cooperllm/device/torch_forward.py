@@ -3,7 +3,7 @@
 No graph is built, no gradient is kept, and θ enters as views of a perturbed copy of the small trained vector, never of the base weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -68,22 +68,29 @@ class TorchForward:
         activation_mib: float | None,
         adjustment: float = 0.0,
         judge: Judge | None = None,
+        rounding: Callable[[], Rounding] = lambda: NO_ROUNDING,
     ) -> None:
-        """Takes one device's part of the examples; `adjustment` is τ of `algorithm.label_adjustment`, a judge takes the loss's place."""
+        """Takes one device's part of the examples.
+
+        Args:
+            model: Shared by the devices of a process.
+            examples: All private examples of the process.
+            shard: The device's positions among them.
+            activation_mib: Memory that the points of a batched pass may take; None for one point at a time.
+            adjustment: τ of `algorithm.label_adjustment`.
+            judge: Of generated answers, in the place of the loss.
+            rounding: Says how losses are rounded.
+        """
         self._model = model
         self._examples = examples
         self.shard = list(shard)
-        self._limit_mib, self._judge = activation_mib, judge
+        self._limit_mib, self._judge, self.rounding = activation_mib, judge, rounding
         self._shift = torch.from_numpy(score_shift(examples, self.shard, model.num_classes, adjustment))
 
     @property
     def num_examples(self) -> int:
         """Private examples at hand."""
         return len(self.shard)
-
-    def rounding(self) -> Rounding:
-        """Float32 has none to speak of."""
-        return NO_ROUNDING
 
     def evaluate(self, chosen: Sequence[int]) -> tuple[Evaluate, int]:
         """Pads a batch once and returns its loss as a function of points, with the number of points that fit the memory budget."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from cooperllm.config import Objective, Variant
+from cooperllm.config import Objective, Variant, WeightType
 from cooperllm.device.manifest import (
     LOSSES,
     MANIFEST,
@@ -71,6 +71,11 @@ def write_package(
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: found something there, expected a missing or empty directory; choose another or remove it")
+    if model.config.dtype is not WeightType.FLOAT32:
+        raise ConfigError(
+            f"model.dtype: found {model.config.dtype.value}, expected float32 for a package: its variants round weights themselves; choose "
+            "--set model.dtype=float32 and --variant int8"
+        )
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of an attempt that was interrupted
     part.mkdir(parents=True)
