@@ -183,18 +183,18 @@ class Assembly:
         count = federation.num_edges
         return [Edge(edge, devices_of(edge, count, federation.num_devices), size) for edge in range(count)]
 
+    def torch_device(self, number: int) -> TorchForward:
+        """Builds one device on PyTorch."""
+        material, federation = self.material, self.config.federation
+        shard, judge = material.shards[number].tolist(), judge_of(self.config.device_score)
+        limit_mib = self.config.activation_mib
+        return TorchForward(material.model, material.private, shard, limit_mib, federation.label_adjustment, judge, self._rounding)
+
     def devices(self) -> Host:
         """Builds every device of the run in this process."""
-        material = self.material
-        adjustment = self.config.federation.label_adjustment
+        material, adjustment = self.material, self.config.federation.label_adjustment
         if self.config.runtime is RuntimeName.TORCH:
-            judge = judge_of(self.config.device_score)
-            runtimes: Sequence[Runtime] = [
-                TorchForward(
-                    material.model, material.private, shard.tolist(), self.config.activation_mib, adjustment, judge, self._rounding
-                )
-                for shard in material.shards
-            ]
+            runtimes: Sequence[Runtime] = [self.torch_device(number) for number in range(len(material.shards))]
         else:
             runtimes = _runtimes_of_package(self.package_path, self.config.runtime, material, self.config.activation_mib, adjustment)
         # With SGD and every weight trained the devices' θ is one array that moves; it is theirs, since the cloud has one of its own.
