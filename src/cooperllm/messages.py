@@ -456,8 +456,8 @@ class EdgeOrder:
     Attributes:
         edge_id: Addressee.
         plan: The round.
-        updates: Updates the edge has missed, oldest first.
-        snapshot: Whole state instead of updates, or None.
+        updates: Updates the edge has missed, oldest first; beside a snapshot those that its devices may have missed.
+        snapshot: Whole state, or None where the updates lead there.
     """
 
     edge_id: Count
