@@ -25,7 +25,7 @@ from cooperllm.config import ArmName, EngineName, FederationConfig, Partition, R
 from cooperllm.deployment.cloud_process import run_cloud_process
 from cooperllm.deployment.edge_process import open_server
 from cooperllm.deployment.enrolment import Places, enroll, read_public_keys
-from cooperllm.deployment.settings import CloudSettings, Job, read_settings
+from cooperllm.deployment.settings import CloudSettings, EdgeSettings, Job, read_settings
 from cooperllm.deployment.together import edges_and_devices, prepare
 from cooperllm.link.fleet_link import FleetLink
 from cooperllm.link.fleet_node import Server, serve
@@ -92,7 +92,7 @@ def server(work: Path, nodes: int, rounds: int, idle_s: float, order_bytes: int)
     enroll(work, Job(config=RunConfig(federation=federation), num_parameters=1), Places(cloud="127.0.0.1:1", edges=(f"127.0.0.1:{PORT}",)))
     edge = work / "edge-0"
     before_mib = footprint().dirty_mib
-    with open_server(read_public_keys(edge / "devices"), f"127.0.0.1:{PORT}", edge / "server.pem", edge / "server.key") as serving:
+    with open_server(read_public_keys(edge / "devices"), read_settings(edge / "edge.toml", EdgeSettings)) as serving:
         enrolled_mib = footprint().dirty_mib
         with subprocess.Popen([sys.executable, __file__, "nodes", "--work", str(work)], stdin=subprocess.PIPE) as others:
             try:
@@ -128,7 +128,8 @@ def echoing_nodes(work: Path) -> None:
     stop, threads = threading.Event(), list[threading.Thread]()
     answer = os.urandom(ANSWER_BYTES)
     for folder in work.glob("device-*"):
-        there = Server(address=f"127.0.0.1:{PORT}", key=folder / "node.key", authority=folder / "authority.pem")
+        shown = {"key": folder / "node.key", "certificate": folder / "node.pem"}
+        there = Server(address=f"127.0.0.1:{PORT}", authority=folder / "authority.pem", **shown)
         threads.append(threading.Thread(target=serve, args=(there, lambda _: answer, stop)))
         threads[-1].start()
     sys.stdin.readline()

@@ -191,6 +191,9 @@ def test_nothing_but_the_fleet_paths_is_there_and_they_want_a_signature(deployme
         place = (deployment / "edge-0" / "edge.toml").read_text().split('listen = "')[1].split('"')[0]
         known = ssl.create_default_context(cafile=deployment / "authority" / "authority.pem")
         wait_for(lambda: is_open(place), words(deployment))
+        with pytest.raises(httpx.TransportError):
+            httpx.post(f"https://{place}/v1/fleet/pull-messages", verify=known)
+        known.load_cert_chain(deployment / "device-0" / "node.pem", deployment / "device-0" / "node.key")
 
         def post(path, content=b"", **headers):
             return httpx.post(f"https://{place}{path}", content=content, headers=headers, verify=known).status_code

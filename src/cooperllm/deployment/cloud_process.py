@@ -37,7 +37,7 @@ def run_cloud_process(settings: CloudSettings, observe: Observer | None = None) 
     config = RunDirectory(settings.run).config()
     check_deployable(config)
     keys = read_public_keys(settings.edges)
-    with open_server(keys, settings.listen, settings.certificate, settings.certificate_key) as server:
+    with open_server(keys, settings) as server:
         _log.info("cloud: listening on %s for edges %s", server.address, sorted(keys))
         links = fleet_links(server, "edge", settings.round_timeout_s)
 
