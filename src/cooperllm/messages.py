@@ -20,13 +20,15 @@ import numpy as np
 from jaxtyping import Float32
 from msgspec import Meta
 
-from cooperllm.config import SUPPORTED_BITS
+from cooperllm.config import MOST_CANDIDATES, MOST_LOCAL_STEPS, MOST_QUERIES, SUPPORTED_BITS
 
 FORMAT_VERSION = 9
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
-Count = Annotated[int, Meta(ge=0, le=1 << 32)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 32)]
+Sum = Annotated[int, Meta(ge=0, le=1 << 62)]  # of counts that many senders have named
+Steps = Annotated[int, Meta(ge=1, le=MOST_LOCAL_STEPS)]
 Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 LARGEST_LOSS = 1e6
@@ -128,7 +130,7 @@ class Feedback:
     blocks: tuple[tuple[Count, Count], ...]
     bits: Count
     slope_scale: Annotated[float, Meta(gt=0)]
-    num_steps: Positive = 1
+    num_steps: Steps = 1
     step_size: Annotated[float, Meta(gt=0)] = 0.1
 
     def __post_init__(self) -> None:
@@ -157,7 +159,7 @@ class Probes:
     """
 
     measures_columns: bool
-    num_random: Count
+    num_random: Annotated[int, Meta(ge=0, le=MOST_QUERIES)]
     grouping: Grouping
     column_scale: float
     random_scale: float
@@ -170,6 +172,8 @@ class Probes:
     def __post_init__(self) -> None:
         if not (self.column_scale > 0 and self.random_scale > 0 and self.blend_scale > 0):
             raise ValueError("probes: every scale must be > 0")
+        if self.num_random * self.num_candidates > MOST_CANDIDATES:
+            raise ValueError(f"probes: {self.num_random} times {self.num_candidates} candidates found, {MOST_CANDIDATES} at most expected")
         if self.blend is not None and not 0 <= self.blend <= 1:
             raise ValueError(f"probes: blend {self.blend} is outside [0, 1]")
 
@@ -184,7 +188,7 @@ class LocalTraining:
         checkpoints_activations: Whether a layer keeps its input alone and runs again for its backward pass: memory for time.
     """
 
-    num_steps: Positive
+    num_steps: Steps
     learning_rate: Annotated[float, Meta(gt=0)]
     checkpoints_activations: bool = False
 
@@ -376,7 +380,7 @@ class RandomSlopes:
     """
 
     group: Count
-    num_examples: Count
+    num_examples: Sum
     slopes: Float32[np.ndarray, "_P"]
 
 
@@ -403,7 +407,7 @@ class EdgeReport:
     edge_id: Count
     round_index: Count
     num_devices: Count
-    num_examples: Count
+    num_examples: Sum
     dropped: dict[Outcome, Count]
     loss: Loss
     column_slopes: Float32[np.ndarray, "_k"]
@@ -486,7 +490,7 @@ class EdgeAnswer:
     model_version: Annotated[int, Meta(ge=-1, le=1 << 32)]
     report: EdgeReport | None
     answered: tuple[Count, ...]
-    forward_passes: Count
+    forward_passes: Sum
     bytes_down: Annotated[int, Meta(ge=0)]
     bytes_up: Annotated[int, Meta(ge=0)]
     spent: tuple[Spent, ...] = ()

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import sample_messages
+from stand_ins import Bowl
 
 from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.guidance import digest
-from cooperllm.algorithm.rounding import NO_ROUNDING
 from cooperllm.algorithm.tail import UNKNOWN, Tail
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.host import Host
@@ -26,24 +26,6 @@ from cooperllm.tiers import EdgeHost, LocalEdges, Received, RemoteEdges, take_pa
 SIZE = 256
 OPTIMIZER = OptimizerConfig()
 START = replay.start(noise.gaussian(1, 0, SIZE), OPTIMIZER)
-
-
-class Bowl:
-    """A loss |θ|²/2."""
-
-    num_examples, map_shape = 4, (0, SIZE)
-
-    def rounding(self):
-        return NO_ROUNDING
-
-    def evaluate(self, chosen):
-        return lambda points: np.square(points.astype(np.float64)).sum(axis=1).astype(np.float32) / 2, 1
-
-    def differentiate(self, chosen):
-        return lambda theta, directions: (0.5, directions @ theta), 4
-
-    def estimate(self, theta, chosen, maps):
-        return theta, 0.5
 
 
 def history(count):
