@@ -40,8 +40,10 @@ system: $(STAMP)  ## whole runs: the default model, every engine, the command li
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/system --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 SEQUENCES ?= 20
-faults: $(STAMP)  ## every fault by name, then SEQUENCES=20 random sequences of kills of real processes; half an hour
+MUTATIONS ?= 100000
+faults: $(STAMP)  ## every fault by name, SEQUENCES=20 random sequences of kills of real processes, MUTATIONS=100000 changed messages; 40 minutes
 	OMP_NUM_THREADS=1 COOPERLLM_FAULT_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest tests/faults -v
+	OMP_NUM_THREADS=1 COOPERLLM_MUTATIONS=$(MUTATIONS) $(BIN)/python -m pytest -o addopts= tests/property/test_mutated_messages.py -v
 
 reference: $(STAMP)  ## the reference of the Python interface, from docstrings: reference/index.html
 	$(BIN)/python -m pdoc --docformat google --output-directory reference cooperllm $(patsubst src/cooperllm/%,cooperllm.%,$(basename $(filter-out %__,$(basename $(wildcard src/cooperllm/*.py src/cooperllm/[a-z]*)))))

@@ -1,7 +1,7 @@
 """Deployments for tests: prepared once, copied for each test with ports of its own, started, watched and ended."""
 
 import contextlib
-import re
+import json
 import shutil
 import signal
 import socket
@@ -42,20 +42,26 @@ def prepare_here(path, rounds):
     prepare(Path(path), config_of(rounds), places, has_texts=True)
 
 
-def with_staleness(deployment):
-    """The same deployment, whose devices may be a round behind."""
+def with_federation(deployment, **values):
+    """The same deployment with other settings of its federation."""
     for file in (*deployment.glob("*/job.json"), deployment / "cloud" / "run" / "config.json"):
-        text = file.read_text()
-        changed = re.sub(r'"staleness": ?0', '"staleness": 1', text)
-        assert changed != text, file
-        file.write_text(changed)
+        found = json.loads(file.read_text())
+        federation = found.get("config", found)["federation"]
+        assert federation != federation | values, file
+        federation |= values
+        file.write_text(json.dumps(found))
     return deployment
 
 
-def simulated_in(path, prepared, rounds, staleness=0):
+def with_staleness(deployment):
+    """The same deployment, whose devices may be a round behind."""
+    return with_federation(deployment, staleness=1)
+
+
+def simulated_in(path, prepared, rounds, **values):
     """The same run in one process, with the same package: its digests, round by round."""
     config = config_of(rounds)
-    RunDirectory.create(path, replace(config, federation=replace(config.federation, staleness=staleness)))
+    RunDirectory.create(path, replace(config, federation=replace(config.federation, **values)))
     shutil.copytree(prepared / "package", path / "package")
     cooperllm.resume(path)
     return hashes(path)

@@ -25,7 +25,7 @@ from cooperllm.config import ArmName, EngineName, FederationConfig, Partition, R
 from cooperllm.deployment.cloud_process import run_cloud_process
 from cooperllm.deployment.edge_process import open_server
 from cooperllm.deployment.enrolment import Places, enroll, read_public_keys
-from cooperllm.deployment.settings import CloudSettings, Job, read_settings
+from cooperllm.deployment.settings import CloudSettings, EdgeSettings, Job, read_settings
 from cooperllm.deployment.together import edges_and_devices, prepare
 from cooperllm.link.fleet_link import FleetLink
 from cooperllm.link.fleet_node import Server, serve
@@ -86,13 +86,13 @@ def processes(work: Path, devices: int, rounds: int, edges: int) -> None:
     print(f"| {edges}, {devices} | {len(rows)} | {statistics.median(seconds):.2f} s | {min(seconds):.2f}, {max(seconds):.2f} s | {lost} |")
 
 
-def server(work: Path, nodes: int, rounds: int, idle_s: float) -> None:
+def server(work: Path, nodes: int, rounds: int, idle_s: float, order_bytes: int) -> None:
     """Serves nodes that echo in another process, and prints what they cost this one."""
     federation = FederationConfig(num_devices=nodes, num_edges=1, devices_per_round=1)
     enroll(work, Job(config=RunConfig(federation=federation), num_parameters=1), Places(cloud="127.0.0.1:1", edges=(f"127.0.0.1:{PORT}",)))
     edge = work / "edge-0"
     before_mib = footprint().dirty_mib
-    with open_server(read_public_keys(edge / "devices"), f"127.0.0.1:{PORT}", edge / "server.pem", edge / "server.key") as serving:
+    with open_server(read_public_keys(edge / "devices"), read_settings(edge / "edge.toml", EdgeSettings)) as serving:
         enrolled_mib = footprint().dirty_mib
         with subprocess.Popen([sys.executable, __file__, "nodes", "--work", str(work)], stdin=subprocess.PIPE) as others:
             try:
@@ -102,11 +102,11 @@ def server(work: Path, nodes: int, rounds: int, idle_s: float) -> None:
                 used_s, connected_mib = time.process_time(), footprint().dirty_mib
                 time.sleep(idle_s)
                 idle_cpu_s = (time.process_time() - used_s) / idle_s / nodes
-                costs = [_round(serving, nodes) for _ in range(rounds)]
+                costs = [_round(serving, nodes, order_bytes) for _ in range(rounds)]
             finally:
                 others.communicate(b"\n")
     wall_s, cpu_s = (statistics.median(cost[position] for cost in costs) for position in (0, 1))
-    print(f"{nodes} nodes, orders of {ORDER_BYTES} and answers of {ANSWER_BYTES} bytes, TLS; {rounds} rounds")
+    print(f"{nodes} nodes, orders of {order_bytes} and answers of {ANSWER_BYTES} bytes, TLS; {rounds} rounds")
     print("| enrolled, a node | connected, a node | waiting, a node | order and answer: of this process | round: all answered |")
     print("|---|---|---|---|---|")
     print(
@@ -115,10 +115,10 @@ def server(work: Path, nodes: int, rounds: int, idle_s: float) -> None:
     )
 
 
-def _round(serving: Any, nodes: int) -> tuple[float, float]:
+def _round(serving: Any, nodes: int, order_bytes: int) -> tuple[float, float]:
     """Seconds by the clock and of this process's processors for an order to every node and all the answers."""
     link, begun_s, used_s = FleetLink(serving, "node", 300.0), time.monotonic(), time.process_time()
-    answers = link.send((number, os.urandom(ORDER_BYTES)) for number in range(nodes))
+    answers = link.send((number, os.urandom(order_bytes)) for number in range(nodes))
     assert len(answers) == nodes, link.lost_reasons
     return time.monotonic() - begun_s, time.process_time() - used_s
 
@@ -128,7 +128,8 @@ def echoing_nodes(work: Path) -> None:
     stop, threads = threading.Event(), list[threading.Thread]()
     answer = os.urandom(ANSWER_BYTES)
     for folder in work.glob("device-*"):
-        there = Server(address=f"127.0.0.1:{PORT}", key=folder / "node.key", authority=folder / "authority.pem")
+        shown = {"key": folder / "node.key", "certificate": folder / "node.pem"}
+        there = Server(address=f"127.0.0.1:{PORT}", authority=folder / "authority.pem", **shown)
         threads.append(threading.Thread(target=serve, args=(there, lambda _: answer, stop)))
         threads[-1].start()
     sys.stdin.readline()
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="5 in a simulation, 20 otherwise")
     parser.add_argument("--texts", type=int, default=16, help="of each device of a simulation")
     parser.add_argument("--nodes", type=int, default=200)
+    parser.add_argument("--order-bytes", type=int, default=ORDER_BYTES)
     parser.add_argument("--idle-s", type=float, default=20.0)
     arguments = parser.parse_args()
     if arguments.part == "nodes":
@@ -170,7 +172,7 @@ def main() -> None:
         elif arguments.part == "processes":
             processes(arguments.work, arguments.devices or 8, arguments.rounds or 20, arguments.edges or 2)
         else:
-            server(arguments.work, arguments.nodes, arguments.rounds or 20, arguments.idle_s)
+            server(arguments.work, arguments.nodes, arguments.rounds or 20, arguments.idle_s, arguments.order_bytes)
     finally:
         shutil.rmtree(arguments.work, ignore_errors=True)
 

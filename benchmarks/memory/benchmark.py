@@ -81,9 +81,9 @@ def work(row: str, assembly: Assembly, order: Path) -> None:
 
 def prepare(assembly: Assembly, order: Path) -> None:
     """The cloud's part, in another process: after two rounds momentum, basis and maps exist; writes a device's third order."""
-    cloud, edges, link = assembly.cloud(), assembly.edges(), Loopback(assembly.devices())
+    cloud, tiers = assembly.cloud(), LocalEdges(assembly.edges(), Loopback(assembly.devices()))
     for _ in range(2):
-        run_round(cloud, LocalEdges(edges, link))
+        run_round(cloud, tiers)
     plan = cloud.plan().plan
     first = next(found for edge in assembly.edges() for found in edge.fan_out(replace(plan, cohort=(0,), maps=cloud.maps()), cloud.replica))
     order.write_bytes(encode(replace(first, updates=(), snapshot=cloud.replica.snapshot())))

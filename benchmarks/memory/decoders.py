@@ -250,9 +250,9 @@ def table(name: str, repeats: int, found: Mapping[str, Mapping[str, float]]) -> 
         f"# A device's round on {name}, {datetime.date.today()}",
         "",
         f"Command: `python benchmarks/memory/decoders.py --decoder {name} --repeats {repeats}`; {platform.machine()}, one thread, Python "
-        f"{platform.python_version()}, torch {torch.__version__}. Random weights in {DECODERS[name].dtype.value}, {BATCH} x {TOKENS} tokens, "
-        "next-token loss; medians of processes. A row of ours is a device's whole answer: decode the order, make the step of the round "
-        "before, take the state's digest, measure, encode the report. Rows of a whole round have cloud, edge and device in one process.",
+        f"{platform.python_version()}, torch {torch.__version__}. Random weights in {DECODERS[name].dtype.value}, {BATCH} x {TOKENS} "
+        "tokens, next-token loss; medians of processes. A row of ours is a device's whole answer: decode the order, make the step of the "
+        "round before, take the state's digest, measure, encode the report. Rows of a whole round have all three tiers in one process.",
         "",
         "| row | CPU seconds | / inference | peak MiB | / inference | anonymous at the end, MiB |",
         "|---|---|---|---|---|---|",

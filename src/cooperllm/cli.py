@@ -242,13 +242,25 @@ def chat_command(
 @app.command("export-metrics")
 def export_metrics_command(
     run: Annotated[Path, typer.Argument(help="A run directory, or one with some below it: a comparison, a deployment.")],
-    tensorboard: Annotated[Path, typer.Option("--tensorboard", help="Directory to write event files to, one below it for each run.")],
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", help="Directory to write event files to, one below it for each run.")
+    ] = None,
+    mlflow: Annotated[
+        str | None, typer.Option("--mlflow", metavar="URI|DIRECTORY", help="Tracking server, or a directory for a database of its own.")
+    ] = None,
 ) -> None:
-    """Write every figure of every round for TensorBoard."""
+    """Write every figure of every round for TensorBoard or MLflow."""
     from cooperllm.report.event_files import write_event_files  # noqa: PLC0415 -- of the extra `cloud`
+    from cooperllm.report.mlflow_runs import log_to_mlflow, tracking_uri  # noqa: PLC0415 -- of the extra `cloud`
 
-    written = write_event_files(run, tensorboard)
-    console.print(f"{len(written)} written; look at them with: tensorboard --logdir {tensorboard}", highlight=False, soft_wrap=True)
+    if tensorboard is None and mlflow is None:
+        raise ConfigError("export-metrics: found nowhere to write to, expected --tensorboard, --mlflow or both")
+    if tensorboard is not None:
+        written = write_event_files(run, tensorboard)
+        console.print(f"{len(written)} written; look at them with: tensorboard --logdir {tensorboard}", highlight=False, soft_wrap=True)
+    if mlflow is not None:
+        count, uri = log_to_mlflow(run, mlflow), tracking_uri(mlflow)
+        console.print(f"{count} logged; look at them with: mlflow ui --backend-store-uri {uri}", highlight=False, soft_wrap=True)
 
 
 @app.command("evaluate")

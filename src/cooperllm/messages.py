@@ -20,13 +20,15 @@ import numpy as np
 from jaxtyping import Float32
 from msgspec import Meta
 
-from cooperllm.config import SUPPORTED_BITS, Distribution
+from cooperllm.config import MOST_CANDIDATES, MOST_LOCAL_STEPS, MOST_QUERIES, SUPPORTED_BITS, Distribution
 
 FORMAT_VERSION = 10
 """Raised whenever the bytes of a message, the noise or the replay change: peers of another version are refused."""
 
-Count = Annotated[int, Meta(ge=0, le=1 << 32)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 32)]
+Sum = Annotated[int, Meta(ge=0, le=1 << 62)]  # of counts that many senders have named
+Steps = Annotated[int, Meta(ge=1, le=MOST_LOCAL_STEPS)]
 Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 LARGEST_LOSS = 1e6
@@ -128,7 +130,7 @@ class Feedback:
     blocks: tuple[tuple[Count, Count], ...]
     bits: Count
     slope_scale: Annotated[float, Meta(gt=0)]
-    num_steps: Positive = 1
+    num_steps: Steps = 1
     step_size: Annotated[float, Meta(gt=0)] = 0.1
 
     def __post_init__(self) -> None:
@@ -158,7 +160,7 @@ class Probes:
     """
 
     measures_columns: bool
-    num_random: Count
+    num_random: Annotated[int, Meta(ge=0, le=MOST_QUERIES)]
     grouping: Grouping
     column_scale: float
     random_scale: float
@@ -172,6 +174,8 @@ class Probes:
     def __post_init__(self) -> None:
         if not (self.column_scale > 0 and self.random_scale > 0 and self.blend_scale > 0):
             raise ValueError("probes: every scale must be > 0")
+        if self.num_random * self.num_candidates > MOST_CANDIDATES:
+            raise ValueError(f"probes: {self.num_random} times {self.num_candidates} candidates found, {MOST_CANDIDATES} at most expected")
         if self.blend is not None and not 0 <= self.blend <= 1:
             raise ValueError(f"probes: blend {self.blend} is outside [0, 1]")
 
@@ -186,7 +190,7 @@ class LocalTraining:
         checkpoints_activations: Whether a layer keeps its input alone and runs again for its backward pass: memory for time.
     """
 
-    num_steps: Positive
+    num_steps: Steps
     learning_rate: Annotated[float, Meta(gt=0)]
     checkpoints_activations: bool = False
 
@@ -274,8 +278,7 @@ class Update:
         column_coefficients: One number per column of the span, shape [k].
         random_terms: Parts along random directions.
         dense: A direction in full, packed, or None; for a way back, θ itself, exactly.
-        loss: Mean loss of the round's devices at the θ of its plan (the one that the step starts from, or with staleness the one before),
-            or None where none was asked.
+        loss: Mean loss of the round's devices at the θ of its plan (with staleness the one before the step's); None where none was asked.
         theta_hash: Digest of the replica's state after the step.
         kind: Whether it moves the replica.
         distribution: Of the entries of the random directions.
@@ -380,7 +383,7 @@ class RandomSlopes:
     """
 
     group: Count
-    num_examples: Count
+    num_examples: Sum
     slopes: Float32[np.ndarray, "_P"]
 
 
@@ -407,7 +410,7 @@ class EdgeReport:
     edge_id: Count
     round_index: Count
     num_devices: Count
-    num_examples: Count
+    num_examples: Sum
     dropped: dict[Outcome, Count]
     loss: Loss
     column_slopes: Float32[np.ndarray, "_k"]
@@ -460,8 +463,8 @@ class EdgeOrder:
     Attributes:
         edge_id: Addressee.
         plan: The round.
-        updates: Updates the edge has missed, oldest first.
-        snapshot: Whole state instead of updates, or None.
+        updates: Updates the edge has missed, oldest first; beside a snapshot those that its devices may have missed.
+        snapshot: Whole state, or None where the updates lead there.
     """
 
     edge_id: Count
@@ -490,7 +493,7 @@ class EdgeAnswer:
     model_version: Annotated[int, Meta(ge=-1, le=1 << 32)]
     report: EdgeReport | None
     answered: tuple[Count, ...]
-    forward_passes: Count
+    forward_passes: Sum
     bytes_down: Annotated[int, Meta(ge=0)]
     bytes_up: Annotated[int, Meta(ge=0)]
     spent: tuple[Spent, ...] = ()

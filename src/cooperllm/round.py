@@ -127,7 +127,7 @@ def end_round(cloud: Cloud, tiers: Tiers, begun: Begun) -> RoundResult:
     prepared, answers, version = begun.prepared, begun.answers.result(), cloud.replica.model_version
     answered_at = time.time()
     closed = cloud.close(prepared, answers.reports)
-    update_bytes = tiers.remember(closed.update)
+    tiers.remember(closed.update)
     return RoundResult(
         closed=closed,
         public_loss=prepared.public_loss,
@@ -137,7 +137,7 @@ def end_round(cloud: Cloud, tiers: Tiers, begun: Begun) -> RoundResult:
         answered=answers.answered,
         bytes_down=answers.bytes_down,
         bytes_up=answers.bytes_up,
-        bytes_between=answers.bytes_between + update_bytes,
+        bytes_between=answers.bytes_between,
         times=RoundTimes(
             begun_at=begun.begun_at, asked_at=begun.asked_at, answered_at=answered_at, closed_at=time.time(), edges=answers.edges
         ),

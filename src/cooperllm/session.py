@@ -23,11 +23,9 @@ from cooperllm.algorithm import replay
 from cooperllm.assembly import Assembly, Material, assemble, make_devices
 from cooperllm.cloud import Cloud
 from cooperllm.config import EngineName, RunConfig, to_plain
-from cooperllm.edge import Edge
 from cooperllm.errors import ConfigError, QuorumError, RunDirectoryError
 from cooperllm.link import flower
 from cooperllm.link.base import Link
-from cooperllm.link.codec import encode
 from cooperllm.link.loopback import Loopback
 from cooperllm.messages import FORMAT_VERSION, Update
 from cooperllm.model_card import model_card
@@ -132,7 +130,7 @@ def trained(directory: Path | str) -> tuple[Assembly, Float32[np.ndarray, "n"]]:
     """
     files = RunDirectory(Path(directory))
     assembly = assemble(files)
-    return assembly, _restored(files, assembly, files.updates(), []).replica.theta
+    return assembly, _restored(files, assembly, files.updates()).replica.theta
 
 
 def deployed(directory: Path | str, tiers: Tiers, observe: Observer | None = None, *, wait_s: float = 5.0) -> Run:
@@ -158,7 +156,7 @@ def deployed(directory: Path | str, tiers: Tiers, observe: Observer | None = Non
         updates = files.repair()
         if len(updates) < assembly.config.num_rounds:
             known = _known_to_first(assembly.config, updates)
-            cloud = _restored(files, assembly, known, [])
+            cloud = _restored(files, assembly, known)
             for update in known:
                 tiers.remember(update)
             _train(files, assembly, updates, observe, cloud, tiers, wait_s)
@@ -203,9 +201,12 @@ def _carried_by(config: RunConfig, assembly: Assembly, drive: Callable[[Link], N
 
 
 def _simulated(files: RunDirectory, assembly: Assembly, updates: Sequence[Update], observe: Observer | None, link: Link) -> None:
-    edges = assembly.edges()
-    cloud = _restored(files, assembly, _known_to_first(assembly.config, updates), edges)
-    _train(files, assembly, updates, observe, cloud, LocalEdges(edges, link))
+    tiers, known = LocalEdges(assembly.edges(), link), _known_to_first(assembly.config, updates)
+    for update in known:
+        tiers.remember(update)
+    for index, figures in enumerate(files.rounds()):
+        tiers.note_answered(figures["answered"], index - figures["staleness"])
+    _train(files, assembly, updates, observe, _restored(files, assembly, known), tiers)
 
 
 def _known_to_first(config: RunConfig, updates: Sequence[Update]) -> Sequence[Update]:
@@ -263,8 +264,8 @@ def _closed(cloud: Cloud, tiers: Tiers, begun: Begun, wait_s: float | None) -> R
             begun = begin_round(cloud, tiers, begun.prepared.plan.round_index)
 
 
-def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update], edges: Sequence[Edge]) -> Cloud:
-    """Brings cloud and edges to the end of the log, from the newest checkpoint that belongs to it."""
+def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update]) -> Cloud:
+    """Brings the cloud to the end of the log, from the newest checkpoint that belongs to it."""
     cloud = assembly.cloud()
     checkpoint = files.checkpoint() if updates else None
     if checkpoint is not None and checkpoint.config_hash != config_hash(assembly.config):
@@ -278,11 +279,6 @@ def _restored(files: RunDirectory, assembly: Assembly, updates: Sequence[Update]
         cloud.restore(replica, checkpoint.pool, checkpoint.maps, checkpoint.good, done)
     for update in updates[cloud.replica.model_version :]:
         cloud.replay(update)
-    for edge in edges:
-        for update in updates:
-            edge.remember(update, len(encode(update)))
-        for index, figures in enumerate(files.rounds()):
-            edge.note_version(figures["answered"], index - figures["staleness"])
     return cloud
 
 
@@ -363,7 +359,7 @@ def _figures(config: RunConfig, round_number: int, result: RoundResult) -> dict[
 def _finished(files: RunDirectory, assembly: Assembly, *, draws: bool) -> Run:
     config = assembly.config
     updates, rounds = files.updates(), files.rounds()
-    cloud = _restored(files, assembly, updates, [])
+    cloud = _restored(files, assembly, updates)
     _save(assembly, cloud.replica.theta, files.path / "adapter")
     name = config.arm.name.value
     summary = {

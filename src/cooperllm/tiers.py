@@ -82,12 +82,29 @@ class Tiers(Protocol):
     """Edges with their devices, wherever they are."""
 
     def ask(self, plan: Plan, replica: Replica) -> Future[Answers]:
-        """Sends a plan to every edge and collects what comes back, now or while others are asked; who is lost is counted, not raised."""
+        """Sends a plan to the edges with a device of its cohort and collects what comes back, now or while others are asked.
+
+        Who is lost is counted, not raised.
+        """
         ...
 
-    def remember(self, update: Update) -> int:
-        """Takes the update that closes a round, and returns the bytes that it takes to the edges now."""
+    def remember(self, update: Update) -> None:
+        """Takes the update that closes a round."""
         ...
+
+
+def take_part(devices: Mapping[int, Collection[int]], plan: Plan) -> list[int]:
+    """Says which edges a round needs; the others catch up when they are needed.
+
+    Args:
+        devices: Of each edge, by its number.
+        plan: The round.
+
+    Returns:
+        Numbers of the edges with a device of the cohort, in their order. New maps go to all: their devices will ask for them.
+    """
+    cohort = set(plan.cohort)
+    return [number for number, own in devices.items() if plan.maps or not cohort.isdisjoint(own)]
 
 
 def ask_edges(
@@ -172,17 +189,21 @@ class LocalEdges:
     """Edges in the cloud's process; messages between them are encoded and decoded all the same, so that bytes are counted."""
 
     def __init__(self, edges: Sequence[Edge], link: Link) -> None:
-        self._edges, self._link = edges, link
+        self._edges, self._link = {edge.edge_id: edge for edge in edges}, link
+        self._tail = Tail(dict.fromkeys(self._edges, 0))
 
     def ask(self, plan: Plan, replica: Replica) -> Future[Answers]:
-        """Sends a plan to every edge and collects what comes back."""
+        """Sends a plan to the edges with a device of its cohort and collects what comes back."""
         future = Future[Answers]()
         future.set_result(self._asked(plan, replica))
         return future
 
     def _asked(self, plan: Plan, replica: Replica) -> Answers:
-        packed = encode(plan)
-        found, _ = ask_edges(self._edges, decode(packed, Plan), replica, self._link)  # all edges see the same bytes
+        asked = take_part({number: edge.device_ids for number, edge in self._edges.items()}, plan)
+        orders = [encode(_edge_order(number, plan, replica, self._tail)) for number in asked]
+        self._tail.note(asked, plan.model_version)
+        arrived = decode(encode(plan), Plan)  # all edges see the same bytes
+        found, _ = ask_edges([self._edges[number] for number in asked], arrived, replica, self._link)
         reports = [encode(report) for report in found.reports]
         return Answers(
             reports=tuple(decode(report, EdgeReport) for report in reports),
@@ -190,15 +211,27 @@ class LocalEdges:
             forward_passes=found.forward_passes,
             bytes_down=found.bytes_down,
             bytes_up=found.bytes_up,
-            bytes_between=len(self._edges) * len(packed) + sum(map(len, reports)),
+            bytes_between=sum(map(len, (*orders, *reports))),
         )
 
-    def remember(self, update: Update) -> int:
-        """Hands the update to every edge."""
+    def remember(self, update: Update) -> None:
+        """Keeps the update for edges and devices: it travels with the next plan that needs it."""
         num_bytes = len(encode(update))
-        for edge in self._edges:
+        self._tail.remember(update, num_bytes)
+        for edge in self._edges.values():
             edge.remember(update, num_bytes)
-        return len(self._edges) * num_bytes
+
+    def note_answered(self, device_ids: Sequence[int], model_version: int) -> None:
+        """Records what a round of before has led devices and their edges to, for a run that is resumed."""
+        for number, edge in self._edges.items():
+            if not set(device_ids).isdisjoint(edge.device_ids):
+                edge.note_version(device_ids, model_version)
+                self._tail.note([number], model_version)
+
+
+def _edge_order(number: int, plan: Plan, replica: Replica, tail: Tail) -> EdgeOrder:
+    updates, snapshot = tail.missed(number, replica)
+    return EdgeOrder(edge_id=number, plan=plan, updates=updates, snapshot=snapshot)
 
 
 class EdgeHost:
@@ -277,28 +310,27 @@ Send = Callable[[Mapping[int, bytes]], Received]
 class RemoteEdges:
     """Edges in processes of their own, from the cloud's side. None is waited for for ever; one that comes back gets what it has missed."""
 
-    def __init__(self, edge_ids: Sequence[int], send: Send) -> None:
+    def __init__(self, devices: Mapping[int, Collection[int]], send: Send) -> None:
         """Takes the edges.
 
         Args:
-            edge_ids: Their numbers.
+            devices: Of each edge, by its number.
             send: Carries orders; called by a thread for each round under way.
         """
-        self._tail, self._send = Tail(dict.fromkeys(edge_ids, UNKNOWN)), send
+        self._devices, self._tail, self._send = devices, Tail(dict.fromkeys(devices, UNKNOWN)), send
         self._alone = threading.Lock()
 
     def ask(self, plan: Plan, replica: Replica) -> Future[Answers]:
-        """Sends a plan to every edge and collects what comes back; an edge that is lost costs its devices this round."""
-        orders = self._orders(self._tail.versions, plan, replica)  # here, so that rounds leave in their order
+        """Sends a plan to the edges with a device of its cohort and collects what comes back; who is lost costs its devices this round."""
+        orders = self._orders(take_part(self._devices, plan), plan, replica)  # here, so that rounds leave in their order
         future = Future[Answers]()
         threading.Thread(target=self._asked, args=(future, orders, plan, replica), name=f"round {plan.round_index}", daemon=True).start()
         return future
 
-    def remember(self, update: Update) -> int:
-        """Keeps the update: it travels with the next plan."""
+    def remember(self, update: Update) -> None:
+        """Keeps the update: it travels with the next plan that needs it."""
         with self._alone:
             self._tail.remember(update, len(encode(update)))
-        return 0
 
     def _asked(self, future: Future[Answers], orders: Mapping[int, bytes], plan: Plan, replica: Replica) -> None:
         try:
@@ -341,8 +373,7 @@ class RemoteEdges:
         orders: dict[int, bytes] = {}
         with self._alone:
             for edge_id in edge_ids:
-                updates, snapshot = self._tail.missed(edge_id, replica)
-                orders[edge_id] = encode(EdgeOrder(edge_id=edge_id, plan=plan, updates=updates, snapshot=snapshot))
+                orders[edge_id] = encode(_edge_order(edge_id, plan, replica, self._tail))
             self._tail.expect(orders, plan.model_version)
         return orders
 

@@ -152,7 +152,7 @@ def prepared(tmp_path_factory):
 def undisturbed(prepared, tmp_path_factory):
     """Digests by staleness, and who takes part in each round."""
     paths = [tmp_path_factory.mktemp("simulated") / "run" for _ in range(2)]
-    digests = [simulated_in(path, prepared, ROUNDS, staleness) for staleness, path in enumerate(paths)]
+    digests = [simulated_in(path, prepared, ROUNDS, staleness=staleness) for staleness, path in enumerate(paths)]
     return digests, [row["answered"] for row in RunDirectory(paths[0]).rounds()]
 
 

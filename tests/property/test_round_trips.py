@@ -18,7 +18,7 @@ from cooperllm.algorithm import replay
 from cooperllm.algorithm.aggregation import variance_between, weighted_mean
 from cooperllm.algorithm.compression import BLOCK, pack, pack_vector, packed_bytes, unpack
 from cooperllm.algorithm.guidance import digest, dot, orthonormalise
-from cooperllm.config import SUPPORTED_BITS, OptimizerConfig, OptimizerKind
+from cooperllm.config import MOST_CANDIDATES, MOST_LOCAL_STEPS, MOST_QUERIES, SUPPORTED_BITS, OptimizerConfig, OptimizerKind
 from cooperllm.edge import Edge
 from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.link.codec import decode, encode
@@ -47,7 +47,7 @@ from cooperllm.messages import (
 
 UNIT = 2.0**-24
 
-COUNTS = st.integers(0, 1 << 32)
+COUNTS = st.integers(0, (1 << 32) - 1)
 SEEDS = st.integers(0, (1 << 63) - 1)
 DIGESTS = st.binary(min_size=16, max_size=16)
 POSITIVE = st.floats(2.0**-60, 2.0**60)
@@ -94,7 +94,7 @@ FEEDBACK = fields_of(Feedback, maps_version=VERSIONS, blocks=BLOCKS, bits=st.sam
 PROBES = fields_of(
     Probes,
     measures_columns=st.booleans(),
-    num_random=COUNTS,
+    num_random=st.integers(0, MOST_QUERIES),
     grouping=st.sampled_from(Grouping),
     column_scale=POSITIVE,
     random_scale=POSITIVE,
@@ -102,9 +102,11 @@ PROBES = fields_of(
     blend_scale=POSITIVE,
     pool_seed=st.none() | SEEDS,
     pool_size=st.integers(1, 1 << 32),
-    num_candidates=st.integers(1, 1 << 32),
+    num_candidates=st.integers(1, MOST_CANDIDATES // MOST_QUERIES),
 )
-TRAINING = fields_of(LocalTraining, num_steps=st.integers(1, 1 << 32), learning_rate=POSITIVE, checkpoints_activations=st.booleans())
+TRAINING = fields_of(
+    LocalTraining, num_steps=st.integers(1, MOST_LOCAL_STEPS), learning_rate=POSITIVE, checkpoints_activations=st.booleans()
+)
 PLANS = fields_of(
     Plan,
     round_index=COUNTS,
@@ -116,7 +118,7 @@ PLANS = fields_of(
     batch_size=st.integers(1, 1 << 32),
     guide=st.none() | GUIDES,
     guide_hash=DIGESTS,
-    num_columns=st.integers(0, 1 << 32),
+    num_columns=COUNTS,
     probes=st.none() | PROBES,
     local_training=st.none() | TRAINING,
     feedback=st.none() | FEEDBACK,

@@ -27,6 +27,7 @@ from deployments import (
     simulated_in,
     started,
     wait_for,
+    with_federation,
     with_staleness,
     words,
 )
@@ -67,6 +68,19 @@ def test_processes_with_tls_and_keys_give_the_bits_of_one_process(deployment, si
         ended(cloud, deployment)
     assert hashes(deployment / "cloud" / "run") == simulated
     assert json.loads((deployment / "cloud" / "run" / "summary.json").read_text())["arms"]["feedback"]["finished"]
+
+
+def test_only_the_edge_with_a_device_of_the_round_is_asked_and_the_other_catches_up_when_it_is(deployment, prepared, tmp_path):
+    """One device a round: its edge, which may have been left out for rounds, sends it what it would have been sent in one process."""
+    simulated = simulated_in(tmp_path / "run", prepared, ROUNDS, devices_per_round=1)
+    with edges_and_devices(with_federation(deployment, devices_per_round=1)), cloud_of(deployment) as cloud:
+        ended(cloud, deployment)
+    run, alone = RunDirectory(deployment / "cloud" / "run"), RunDirectory(tmp_path / "run")
+    assert hashes(run.path) == simulated
+    assert [row["bytes_down"] for row in run.rounds()] == [row["bytes_down"] for row in alone.rounds()]
+    asked = [[edge["own"]["node"] for edge in row["edges"]] for row in run.times()]
+    assert asked == [[device % 2 for device in row["answered"]] for row in alone.rounds()]
+    assert {edge for edges in asked for edge in edges} == {0, 1}
 
 
 def secrets_of(deployment):
@@ -177,6 +191,9 @@ def test_nothing_but_the_fleet_paths_is_there_and_they_want_a_signature(deployme
         place = (deployment / "edge-0" / "edge.toml").read_text().split('listen = "')[1].split('"')[0]
         known = ssl.create_default_context(cafile=deployment / "authority" / "authority.pem")
         wait_for(lambda: is_open(place), words(deployment))
+        with pytest.raises(httpx.TransportError):
+            httpx.post(f"https://{place}/v1/fleet/pull-messages", verify=known)
+        known.load_cert_chain(deployment / "device-0" / "node.pem", deployment / "device-0" / "node.key")
 
         def post(path, content=b"", **headers):
             return httpx.post(f"https://{place}{path}", content=content, headers=headers, verify=known).status_code

@@ -378,8 +378,9 @@ def test_maps_travel_only_to_devices_that_do_not_have_them(tmp_path):
     """Two devices that always take part, fits at versions 0, 1, 2 and 4."""
     config = tiny(federation=replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2))
     assembly = assemble(RunDirectory.create(tmp_path / "run", config))
-    cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
-    results = [run_round(cloud, LocalEdges(edges, link)) for _ in range(5)]
+    cloud, link = assembly.cloud(), Watched(assembly.devices())
+    tiers = LocalEdges(assembly.edges(), link)
+    results = [run_round(cloud, tiers) for _ in range(5)]
     assert link.maps == [{0: [0], 1: [0]}, {0: [1], 1: [1]}, {0: [2], 1: [2]}, {}, {0: [4], 1: [4]}]
     saved = 2 * len(cloud.maps()[0].factors)
     assert results[2].bytes_down - results[3].bytes_down > saved
@@ -396,10 +397,11 @@ def test_a_refresh_sends_what_has_changed_and_a_newcomer_everything(tmp_path):
     """One of three devices takes part in a round: the whole maps and the differences that it has not had."""
     federation = replace(tiny().federation, num_devices=3, num_edges=1, devices_per_round=1)
     assembly = assemble(RunDirectory.create(tmp_path / "run", often(federation=federation, num_rounds=9)))
-    cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
+    cloud, link = assembly.cloud(), Watched(assembly.devices())
+    tiers = LocalEdges(assembly.edges(), link)
     expected, held = [], {}
     for version in range(9):
-        run_round(cloud, LocalEdges(edges, link))
+        run_round(cloud, tiers)
         chain = [version] if version < 2 or version == 8 else list(range(1, version + 1))
         ((device_id, sent),) = link.maps[-1].items()
         known = held.get(device_id, -1)
@@ -472,8 +474,9 @@ def test_without_maps_and_without_a_head_feedback_learns_and_sends_none(tmp_path
     """The gradient is carried down from the last layer, and slopes along a block of it find all of it true."""
     federation = replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2, batch_size=200)  # every text every round
     assembly = assemble(RunDirectory.create(tmp_path / "run", change(tiny(federation=federation))))
-    cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
-    losses = [run_round(cloud, LocalEdges(edges, link)).closed.update.loss for _ in range(5)]
+    cloud, link = assembly.cloud(), Watched(assembly.devices())
+    tiers = LocalEdges(assembly.edges(), link)
+    losses = [run_round(cloud, tiers).closed.update.loss for _ in range(5)]
     assert link.maps == [{}] * 5
     assert {(feedback.maps_version, len(feedback.blocks)) for feedback in link.asked} == {(-1, num_blocks)}
     assert losses[-1] < losses[0]
@@ -519,9 +522,10 @@ def test_after_a_way_back_maps_are_fitted_anew(tmp_path):
     """Every other round is taken back: where scores are not finite nothing is fitted, and at version 6 no fit would be due by itself."""
     config = wild(1e30, federation=replace(tiny().federation, num_devices=2, num_edges=1, devices_per_round=2))
     assembly = assemble(RunDirectory.create(tmp_path / "run", config))
-    cloud, edges, link = assembly.cloud(), assembly.edges(), Watched(assembly.devices())
+    cloud, link = assembly.cloud(), Watched(assembly.devices())
+    tiers = LocalEdges(assembly.edges(), link)
     for _ in range(7):
-        run_round(cloud, LocalEdges(edges, link))
+        run_round(cloud, tiers)
     assert link.maps == [{0: [0], 1: [0]}, {}, {0: [2], 1: [2]}, {}, {0: [4], 1: [4]}, {}, {0: [6], 1: [6]}]
 
 

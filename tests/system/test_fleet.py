@@ -9,7 +9,9 @@ import collections
 import contextlib
 import datetime
 import re
+import shutil
 import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +27,14 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from cooperllm.config import FederationConfig, RunConfig
 from cooperllm.deployment.enrolment import Places, enroll, read_public_keys
 from cooperllm.deployment.settings import Job
-from cooperllm.errors import LinkError
+from cooperllm.errors import ConfigError, LinkError
 from cooperllm.link import fleet_node, fleet_server
 from cooperllm.link.fleet_link import FleetLink, fleet_links
 from cooperllm.link.fleet_node import Server, connected, read_private_key, serve
-from cooperllm.link.fleet_server import Address, Certificate, FleetServer
+from cooperllm.link.fleet_server import Address, FleetServer
 from cooperllm.link.flower import LATE
-from cooperllm.link.request_limit import LARGEST_REQUEST_BYTES
+from cooperllm.link.request_limit import LARGEST_REQUEST_BYTES, RequestLimit
+from cooperllm.link.tls import Certificate
 
 HERE = Address(host="127.0.0.1", port=0)
 
@@ -225,6 +228,92 @@ def test_a_server_without_a_certificate_of_the_authority_is_told_nothing(tmp_pat
             there = Server(address=str(server.address), key=device / "node.key", authority=device / "authority.pem")
             with pytest.raises(LinkError, match=r"is not who it should be .* expected a certificate signed by .*authority.pem"):
                 serve(there, lambda data: data, threading.Event())
+
+
+@pytest.fixture(scope="module")
+def enrolled(tmp_path_factory):
+    """Two deployments, each with an authority of its own, with an edge and two devices."""
+    path = tmp_path_factory.mktemp("enrolled")
+    job = Job(config=RunConfig(federation=FederationConfig(num_devices=2, num_edges=1, devices_per_round=1)), num_parameters=7)
+    for name in ("ours", "theirs"):
+        enroll(path / name, job, Places(cloud="127.0.0.1:9100", edges=("127.0.0.1:9101",)))
+    return path
+
+
+def demanding(deployment):
+    """An edge's server that wants a certificate of every node."""
+    edge = deployment / "edge-0"
+    certificate = Certificate(chain=edge / "server.pem", key=edge / "server.key", node_authority=edge / "authority.pem")
+    return FleetServer(read_public_keys(edge / "devices"), HERE, certificate)
+
+
+def asked_over_tls(server, authority, shown):
+    """A request of somebody who shows a certificate, or none."""
+    context = ssl.create_default_context(cafile=authority)
+    if shown is not None:
+        context.load_cert_chain(shown.with_suffix(".pem"), shown.with_suffix(".key"))
+    return httpx.post(f"https://{server.address}/v1/fleet/pull-messages", headers={"content-type": "application/protobuf"}, verify=context)
+
+
+def test_without_a_certificate_of_the_authority_no_handshake_ends_and_no_request_is_read(enrolled, monkeypatch):
+    """Nor with the certificate of a server, which this authority has signed as well."""
+    read, serve_request = [], RequestLimit.__call__
+
+    async def noted(limit, scope, receive, send):
+        read.extend([scope["path"]] if scope["type"] == "http" else [])
+        await serve_request(limit, scope, receive, send)
+
+    monkeypatch.setattr(RequestLimit, "__call__", noted)
+    authority = enrolled / "ours" / "authority" / "authority.pem"
+    with demanding(enrolled / "ours") as server:
+        for shown in (None, enrolled / "theirs" / "device-0" / "node", enrolled / "ours" / "edge-0" / "server"):
+            with pytest.raises(httpx.TransportError):
+                asked_over_tls(server, authority, shown)
+        assert read == []
+        answer = asked_over_tls(server, authority, enrolled / "ours" / "device-0" / "node")
+        assert answer.status_code == 401, "whoever is through the handshake has to sign requests all the same"
+        assert read == ["/v1/fleet/pull-messages"]
+
+
+def there(server, device, **changes):
+    found = {"key": device / "node.key", "authority": device / "authority.pem", "certificate": device / "node.pem"}
+    return Server(address=str(server.address), **(found | changes))
+
+
+def test_a_node_shows_its_certificate_and_one_without_is_never_there(enrolled, caplog):
+    devices, stop = [enrolled / "ours" / f"device-{number}" for number in (0, 1)], threading.Event()
+    with demanding(enrolled / "ours") as server:
+        given = [there(server, devices[0]), there(server, devices[1], certificate=None)]
+        threads = [threading.Thread(target=serve, args=(one, lambda data: data[::-1], stop)) for one in given]
+        for thread in threads:
+            thread.start()
+        try:
+            link = FleetLink(server, "node", 60, patience_s=3)
+            assert link.send([(0, b"shown"), (1, b"not shown")]) == {0: b"nwohs"}
+            assert link.lost_reasons == {1: "not connected"}
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(20)
+    assert "or it wants another certificate than none" in caplog.text
+
+
+def test_a_certificate_lets_nobody_in_whose_key_is_not_enrolled(enrolled, tmp_path):
+    """To lock a device out it is enough to delete the file of its key; its certificate stays good."""
+    shutil.copytree(enrolled / "ours", tmp_path / "ours")
+    (tmp_path / "ours" / "edge-0" / "devices" / "1.pem").unlink()
+    with demanding(tmp_path / "ours") as server, pytest.raises(LinkError, match="does not let this node in: expected its key"):
+        serve(there(server, tmp_path / "ours" / "device-1"), lambda data: data, threading.Event())
+
+
+def test_a_certificate_for_another_key_is_refused_in_a_sentence_before_anybody_is_asked(enrolled):
+    ours = enrolled / "ours"
+    for wrong in (ours / "device-1" / "node.pem", ours / "device-0" / "device.toml", ours / "nowhere.pem"):
+        server = Server(
+            address="127.0.0.1:9", key=ours / "device-0" / "node.key", authority=ours / "authority/authority.pem", certificate=wrong
+        )
+        with pytest.raises(ConfigError, match=r"node\.key .*; `cooperllm enroll` writes them"):
+            serve(server, lambda data: data, threading.Event())
 
 
 def test_a_server_that_goes_in_the_middle_of_a_handshake_is_away_and_not_an_impostor(tmp_path, caplog):

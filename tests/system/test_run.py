@@ -75,7 +75,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path,
         cooperllm.run(config, tmp_path / "cut", interrupt_after(stop))
     cut = cooperllm.resume(tmp_path / "cut")
     assert (cut.path / "replay.log").read_bytes() == (whole.path / "replay.log").read_bytes()
-    keys = ("accuracy_by_round", "bytes_down", "bytes_up", "forward_passes")
+    keys = ("accuracy_by_round", "bytes_down", "bytes_up", "bytes_between", "forward_passes")
     assert [cut.summary["arms"]["measured"][key] for key in keys] == [whole.summary["arms"]["measured"][key] for key in keys]
 
 
@@ -85,7 +85,7 @@ def test_with_a_round_of_staleness_an_interrupted_run_has_the_bits_and_bytes_of_
     stale = replace(config, federation=replace(config.federation, staleness=1))
     runs = [cooperllm.run(one, tmp_path / name) for one, name in ((config, "fresh"), (stale, "stale"))]
     assert final_hash(runs[0].path) != final_hash(runs[1].path)
-    keys = ("round", "staleness", "theta_hash", "bytes_down", "bytes_up", "answered", "num_reports")
+    keys = ("round", "staleness", "theta_hash", "bytes_down", "bytes_up", "bytes_between", "answered", "num_reports")
     whole = [[row[key] for key in keys] for row in RunDirectory(tmp_path / "stale").rounds()]
     assert [row[1] for row in whole] == [0, 1, 1, 1, 1, 1]
     for stop, engine in ((2, EngineName.GRID), (5, EngineName.LOOPBACK)):

@@ -10,7 +10,7 @@ import pytest
 import sample_messages
 
 from cooperllm.algorithm import noise
-from cooperllm.algorithm.aggregation import merged, variance_between, weighted_mean
+from cooperllm.algorithm.aggregation import merged, variance_between, weighted_mean, worth
 from cooperllm.edge import Edge
 from cooperllm.link.codec import encode
 from cooperllm.messages import Grouping, Outcome, Probes, RandomSlopes
@@ -128,6 +128,13 @@ def test_entries_of_one_group_become_one_and_groups_come_in_order():
     # (1 · 1 + 3 · 5) / 4 = 4 and (1 · 10 - 3 · 2) / 4 = 1
     assert [(entry.group, entry.num_examples, entry.slopes.tolist()) for entry in found] == [(2, 5, [7, 7]), (9, 4, [4, 1])]
     assert merged([]) == ()
+
+
+def test_a_deviation_whose_square_is_nothing_counts_as_none_whatever_the_slopes_are():
+    """Found by changed messages: a device that said 1e-200 beside slopes of zero took its whole edge with it."""
+    flat = np.zeros(1, np.float32)
+    assert worth([16, 16], [1e-200, 0.0], [flat, flat]) == [16, 16]
+    assert worth([16, 16], [1e-200, 1.0], [flat, flat]) == [16, 1]
 
 
 def test_a_group_merged_over_two_edges_is_the_group_of_all_devices():

@@ -10,6 +10,9 @@ from dataclasses import replace
 import pytest
 
 from cooperllm.config import (
+    MOST_CANDIDATES,
+    MOST_LOCAL_STEPS,
+    MOST_QUERIES,
     ArmConfig,
     ArmName,
     DataConfig,
@@ -77,6 +80,9 @@ OUTSIDE = [
     (ArmConfig, {"estimate_bits": 16}, "arm.estimate_bits", "16"),
     (ArmConfig, {"step_bits": 3}, "arm.step_bits", "3"),
     (ArmConfig, {"basis_size": -1}, "arm.basis_size", "-1"),
+    (ArmConfig, {"queries": MOST_QUERIES + 1}, "arm.queries", str(MOST_QUERIES + 1)),
+    (ArmConfig, {"queries": 5, "candidates": MOST_CANDIDATES // 5 + 1}, "arm.candidates", str(MOST_CANDIDATES // 5 + 1)),
+    (ArmConfig, {"queries": MOST_QUERIES, "local_steps": MOST_LOCAL_STEPS + 1}, "arm.local_steps", str(MOST_LOCAL_STEPS + 1)),
     (ArmConfig, {"basis_size": 1001}, "arm.basis_size", "1001"),
     (ArmConfig, {"effective_rank": -1.0}, "arm.effective_rank", "-1.0"),
     (ArmConfig, {"effective_rank": math.nan}, "arm.effective_rank", "nan"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from cooperllm.algorithm import noise, replay
 from cooperllm.config import FederationConfig, OptimizerConfig, RunConfig
@@ -79,6 +80,25 @@ def test_a_server_has_a_certificate_for_its_own_host_signed_by_the_authority(enr
     context.load_cert_chain(enrolled / folder / "server.pem", enrolled / folder / "server.key")
 
 
+@pytest.mark.parametrize(("folder", "number"), [("edge-1", 1), ("device-2", 2)])
+def test_a_nodes_certificate_is_for_the_key_that_it_signs_with_and_makes_no_server_of_it(enrolled, folder, number):
+    certificate = x509.load_pem_x509_certificate((enrolled / folder / "node.pem").read_bytes())
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((enrolled / "authority" / "authority.pem").read_bytes()))
+    assert certificate.public_key() == read_private_key(enrolled / folder / "node.key").public_key()
+    assert list(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert certificate.subject.rfc4514_string() == f"CN={folder.partition('-')[0]}-{number}"
+
+
+def test_every_server_asks_for_certificates_and_every_node_has_one(enrolled):
+    for folder, kind in (("cloud", CloudSettings), ("edge-0", EdgeSettings), ("edge-1", EdgeSettings)):
+        settings = read_settings(enrolled / folder / f"{folder.partition('-')[0]}.toml", kind)
+        assert settings.node_authority.read_bytes() == (enrolled / "authority" / "authority.pem").read_bytes()
+    for folder, kind in (("edge-0", EdgeSettings), ("device-0", DeviceSettings)):
+        settings = read_settings(enrolled / folder / f"{folder.partition('-')[0]}.toml", kind)
+        assert settings.node_certificate == (enrolled / folder / "node.pem").resolve()
+
+
 def test_private_keys_are_nobody_elses_to_read(enrolled):
     keys = list(enrolled.rglob("*.key"))
     assert len(keys) == 1 + 3 + 2 + 3
@@ -94,6 +114,12 @@ def test_private_keys_are_nobody_elses_to_read(enrolled):
         ("device-0/device.toml", 'edge = "127.0.0.1:9101"', 'edge = "127.0.0.1"', "edge: found '127.0.0.1', expected HOST:PORT"),
         ("edge-0/edge.toml", 'key = "node.key"', "key = 3", "Expected `str`|found 3"),
         ("edge-0/edge.toml", 'certificate = "server.pem"', 'certificate = "server.pem"\ninsecure = true', "found insecure = true beside"),
+        (
+            "device-0/device.toml",
+            'authority = "authority.pem"',
+            "insecure = true",
+            "found insecure = true beside node_certificate, expected one of both",
+        ),
         ("cloud/cloud.toml", "run = ", "run ", "changed.toml"),
     ],
 )

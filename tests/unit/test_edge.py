@@ -10,10 +10,11 @@ import pytest
 import sample_messages
 
 from cooperllm.algorithm import noise, replay
+from cooperllm.algorithm.asked import group_of
 from cooperllm.algorithm.compression import pack, pack_vector, packed_bytes, unpack_vector
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.probe import catch_up
-from cooperllm.edge import Edge, group_of
+from cooperllm.edge import Edge
 from cooperllm.link.codec import encode
 from cooperllm.messages import Feedback, Grouping, LocalTraining, Outcome, Probes, RandomTerm
 

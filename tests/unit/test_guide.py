@@ -5,81 +5,22 @@ The model is softmax regression, small enough for every gradient to be known: (s
 Run: pytest tests/unit/test_guide.py
 """
 
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from stand_ins import CLASSES, FEATURES, MEASURED, SIZE, NoLayers, Public, SoftmaxRegression, cloud_of, maker_of, public_of
 
-from cooperllm.algorithm import compression, noise, replay
+from cooperllm.algorithm import compression, noise
 from cooperllm.algorithm.guidance import digest, orthonormalise
-from cooperllm.cloud import Cloud, GuideMaker, MapFitter
-from cooperllm.config import ArmConfig, ArmName, FederationConfig, RunConfig
+from cooperllm.cloud import GuideMaker
+from cooperllm.config import ArmConfig, ArmName
 from cooperllm.errors import DivergenceError
 from cooperllm.messages import EdgeReport
 
 UNIT = 2.0**-24
-CLASSES, FEATURES = 3, 2
-SIZE = CLASSES * FEATURES
-
-
-@dataclass
-class Public:
-    features: np.ndarray
-    labels: np.ndarray
-    starts: None = None
-
-    def __len__(self):
-        return len(self.labels)
-
-    def num_targets(self, indices):
-        return len(indices)
-
-
-class NoLayers:
-    """Softmax regression has no layers, adapted or not."""
-
-    below, width, has_head = (), FEATURES, False
-
-    def blocks(self, most):
-        return ()
-
-    def watched(self, visit):
-        return nullcontext()
-
-
-class SoftmaxRegression:
-    num_classes = CLASSES
-    adapted = NoLayers()
-
-    def batch(self, examples, indices):
-        chosen = list(indices)
-        return SimpleNamespace(features=torch.from_numpy(examples.features[chosen]), labels=torch.from_numpy(examples.labels[chosen]))
-
-    def scores(self, theta, batch):
-        return batch.features @ theta.reshape(CLASSES, FEATURES).T
-
-
-def public_of(labels):
-    features = np.stack([noise.gaussian(6, row, FEATURES) for row in range(len(labels))])
-    return Public(features, np.array(labels, np.int64))
-
-
-def maker_of(labels, *, batch_size=64, pool_size=1):
-    return GuideMaker(SoftmaxRegression(), public_of(labels), batch_size, pool_size)
-
-
-def cloud_of(labels, config=None, rounds=0, federation=None, model=None):
-    """A cloud after some rounds of its own steps."""
-    run = RunConfig(arm=config or MEASURED, federation=federation or FederationConfig())
-    maker = maker_of(labels, pool_size=run.arm.pool_size)
-    fitter = MapFitter(model or SoftmaxRegression(), public_of(labels), num_examples=8, num_components=1, rank=1, bits=8, most_blocks=1)
-    replica = replay.start(noise.gaussian(8, 0, SIZE), run.optimizer)
-    for _ in range(rounds):
-        replica = replay.step(replica, noise.gaussian(9, replica.model_version, SIZE), 0.1, run.optimizer)
-    return Cloud(run, replica, maker, fitter, CLASSES)
 
 
 def exact(theta, features, labels):
@@ -94,7 +35,6 @@ def outside(vector, rows):
     return np.linalg.norm(vector - wide.T @ (wide @ vector)) / np.linalg.norm(vector)
 
 
-MEASURED = ArmConfig(name=ArmName.MEASURED)
 EVERY_CLASS, ONE_CLASS = [0, 1, 2] * 14, [0] * 42
 THETA = noise.gaussian(8, 0, SIZE)
 

@@ -279,12 +279,12 @@ def test_a_receiver_has_a_bound_of_its_own_on_directions_and_components(name, mo
 def test_a_difference_brings_no_sizes_of_its_own():
     """Receivers share directions and bases since the whole maps: what a difference claims of them changes nothing."""
     honest = unpacked(packed(8), difference(8, 7, 20))
-    claimed = unpacked(packed(8), replace(difference(8, 7, 20), num_directions=1 << 32, num_components=1 << 32))
+    claimed = unpacked(packed(8), replace(difference(8, 7, 20), num_directions=(1 << 32) - 1, num_components=(1 << 32) - 1))
     assert [layer.maps.tobytes() for layer in claimed.layers] == [layer.maps.tobytes() for layer in honest.layers]
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rank": 2}, {"rank": 0}, {"rank": 1 << 32}, {"factors": pack_rows([np.ones((1, 3), np.float32)], 8)}], ids=str
+    "changes", [{"rank": 2}, {"rank": 0}, {"rank": (1 << 32) - 1}, {"factors": pack_rows([np.ones((1, 3), np.float32)], 8)}], ids=str
 )
 def test_a_damaged_difference_is_refused_too(changes):
     with pytest.raises(DecodeError):

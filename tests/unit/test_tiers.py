@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import sample_messages
+from stand_ins import Bowl
 
 from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.guidance import digest
-from cooperllm.algorithm.rounding import NO_ROUNDING
 from cooperllm.algorithm.tail import UNKNOWN, Tail
 from cooperllm.config import OptimizerConfig
 from cooperllm.device.host import Host
@@ -20,30 +20,12 @@ from cooperllm.edge import Edge, Schedule
 from cooperllm.errors import DecodeError, ProtocolError, ReplayMismatchError
 from cooperllm.link.codec import decode, encode
 from cooperllm.link.loopback import Loopback
-from cooperllm.messages import DeviceReport, EdgeAnswer, EdgeOrder, Grouping, Order, Outcome, Probes, RandomTerm
-from cooperllm.tiers import EdgeHost, LocalEdges, Received, RemoteEdges
+from cooperllm.messages import DeviceReport, EdgeAnswer, EdgeOrder, Grouping, Maps, Order, Outcome, Probes, RandomTerm
+from cooperllm.tiers import EdgeHost, LocalEdges, Received, RemoteEdges, take_part
 
 SIZE = 256
 OPTIMIZER = OptimizerConfig()
 START = replay.start(noise.gaussian(1, 0, SIZE), OPTIMIZER)
-
-
-class Bowl:
-    """A loss |θ|²/2."""
-
-    num_examples, map_shape = 4, (0, SIZE)
-
-    def rounding(self):
-        return NO_ROUNDING
-
-    def evaluate(self, chosen):
-        return lambda points: np.square(points.astype(np.float64)).sum(axis=1).astype(np.float32) / 2, 1
-
-    def differentiate(self, chosen):
-        return lambda theta, directions: (0.5, directions @ theta), 4
-
-    def estimate(self, theta, chosen, maps):
-        return theta, 0.5
 
 
 def history(count):
@@ -98,8 +80,8 @@ def close(tiers, replica, updates):
 
 def test_edges_elsewhere_answer_as_edges_here_do():
     updates, replicas = history(3)
-    here = LocalEdges([Edge(0, [0], SIZE), Edge(1, [1], SIZE)], Loopback(host()))
-    elsewhere = RemoteEdges([0, 1], Fleet(host()))
+    here = edges_here(host())
+    elsewhere = RemoteEdges({0: [0], 1: [1]}, Fleet(host()))
     for replica in replicas[:3]:
         one, other = close(here, replica, updates), close(elsewhere, replica, updates)
         assert encode(one.reports) == encode(other.reports)
@@ -111,7 +93,7 @@ def test_edges_elsewhere_answer_as_edges_here_do():
 def test_an_edge_is_sent_a_snapshot_once_and_then_what_it_has_missed():
     updates, replicas = history(4)
     fleet = Fleet(host())
-    tiers = RemoteEdges([0, 1], fleet)
+    tiers = RemoteEdges({0: [0], 1: [1]}, fleet)
     close(tiers, replicas[0], updates)
     fleet.away = {1}
     answers = close(tiers, replicas[1], updates)
@@ -124,10 +106,68 @@ def test_an_edge_is_sent_a_snapshot_once_and_then_what_it_has_missed():
     assert sent == {0: ([1], None), 1: ([0, 1], None)}
 
 
+def edges_here(devices):
+    return LocalEdges([Edge(0, [0], SIZE), Edge(1, [1], SIZE)], Loopback(devices))
+
+
+def test_an_edge_without_a_device_of_the_round_is_not_asked_here_or_elsewhere():
+    """What it costs follows: one edge's order and report for two, none where no device is asked."""
+    fleet = Fleet(host())
+    for tiers in (edges_here(host()), RemoteEdges({0: [0], 1: [1]}, fleet)):
+        both, one, none = (tiers.ask(plan(START, cohort=cohort), START).result() for cohort in ((0, 1), (1,), ()))
+        assert [report.edge_id for report in both.reports] == [0, 1]
+        assert [report.edge_id for report in one.reports] == [1]
+        assert (one.answered, none.answered, none.reports, none.bytes_between) == ((1,), (), (), 0)
+        assert one.bytes_between < both.bytes_between
+    assert [number for number, _ in fleet.orders] == [0, 1, 1]
+
+
+def test_new_maps_go_to_every_edge():
+    """They are sent once: an edge without a device of this round would lack them in the next."""
+    maps = (Maps(version=0, base_version=-1, num_directions=0, directions=b"", num_components=0, basis=b"", rank=0, factors=b""),)
+    assert take_part({0: [0], 1: range(1, 9, 2)}, plan(START, cohort=(0,), maps=maps)) == [0, 1]
+    assert take_part({0: [0], 1: range(1, 9, 2)}, plan(START, cohort=(3,))) == [1]
+
+
+@pytest.mark.parametrize("cohorts", [[(0, 1), (0,), (0,), (0, 1)], [(0,), (0,), (0,), (0, 1)]], ids=["away in between", "new"])
+def test_an_edge_that_was_not_asked_for_rounds_catches_up_and_its_devices_get_what_they_would_have(cohorts):
+    """One that is asked for the first time has no state: it gets a snapshot, and the updates that its devices start with."""
+    updates, replicas = history(4)
+    fleet = Fleet(host())
+    here, elsewhere = edges_here(host()), RemoteEdges({0: [0], 1: [1]}, fleet)
+    for replica, cohort in zip(replicas, cohorts, strict=False):
+        one, other = (tiers.ask(plan(replica, cohort=cohort), replica).result() for tiers in (here, elsewhere))
+        assert encode(one.reports) == encode(other.reports)
+        assert (one.answered, one.bytes_down, one.bytes_up) == (other.answered, other.bytes_down, other.bytes_up)
+        assert one.answered == cohort
+        here.remember(updates[replica.model_version])
+        elsewhere.remember(updates[replica.model_version])
+    number, order = fleet.orders[-1]
+    is_new = cohorts[0] == (0,)
+    assert number == 1
+    assert [update.model_version for update in order.updates] == [0, 1, 2]
+    assert (order.snapshot is not None) == is_new
+
+
+def test_edges_here_go_on_after_a_resume_with_the_bytes_of_a_run_that_was_not_stopped():
+    updates, replicas = history(4)
+    devices, cohorts = host(), [(0, 1), (0,), (0,), (0, 1)]
+    tiers = edges_here(devices)
+    for replica, cohort in zip(replicas[:3], cohorts, strict=False):
+        tiers.ask(plan(replica, cohort=cohort), replica).result()
+        tiers.remember(updates[replica.model_version])
+    resumed = edges_here(devices)
+    for version, cohort in enumerate(cohorts[:3]):
+        resumed.remember(updates[version])
+        resumed.note_answered(cohort, version)
+    last, again = (tiers.ask(plan(replicas[3]), replicas[3]).result() for tiers in (tiers, resumed))
+    assert (last.bytes_between, last.bytes_down) == (again.bytes_between, again.bytes_down)
+
+
 def test_an_edge_that_has_lost_its_memory_is_asked_again_in_the_same_round():
     updates, replicas = history(2)
     fleet = Fleet(host())
-    tiers = RemoteEdges([0, 1], fleet)
+    tiers = RemoteEdges({0: [0], 1: [1]}, fleet)
     close(tiers, replicas[0], updates)
     fleet.hosts[1] = fleet.new(1)
     fleet.orders.clear()
@@ -199,7 +239,7 @@ def test_an_edge_whose_state_went_wrong_says_so_and_starts_again():
     ids=["nothing", "noise", "another edge's"],
 )
 def test_an_answer_that_is_none_costs_its_edge_the_round(forged, caplog):
-    answers = RemoteEdges([0], lambda orders: Received(data=dict.fromkeys(orders, forged), spent={})).ask(plan(START), START).result()
+    answers = RemoteEdges({0: [0]}, lambda orders: Received(data=dict.fromkeys(orders, forged), spent={})).ask(plan(START), START).result()
     assert answers.reports == ()
     assert "edge 0 is lost" in caplog.text
 
@@ -234,7 +274,7 @@ def test_rounds_under_way_together_send_no_update_twice():
         assert answered[decode(orders[0], EdgeOrder).plan.round_index].wait(timeout=60)
         return received
 
-    tiers = RemoteEdges([0, 1], send)
+    tiers = RemoteEdges({0: [0], 1: [1]}, send)
     under_way = []
     for round_index, version in enumerate([0, 0, 1, 2]):
         under_way.append(tiers.ask(plan(replicas[version], round_index=round_index), replicas[version]))
@@ -274,7 +314,7 @@ def test_an_edge_that_has_answered_is_known_to_while_another_is_asked_again():
             go_on.wait(timeout=60)
         return fleet(orders)
 
-    tiers = RemoteEdges([0, 1], send)
+    tiers = RemoteEdges({0: [0], 1: [1]}, send)
     close(tiers, replicas[0], updates)
     fleet.hosts[1] = fleet.new(1)  # an edge with an empty disk
     first = tiers.ask(plan(replicas[1]), replicas[1])
@@ -291,10 +331,10 @@ def test_edge_and_device_that_are_ahead_of_a_cloud_that_came_back_follow_it():
     updates, replicas = history(3)
     devices = host()
     fleet = Fleet(devices)
-    tiers = RemoteEdges([0, 1], fleet)
+    tiers = RemoteEdges({0: [0], 1: [1]}, fleet)
     for replica in replicas[:3]:
         close(tiers, replica, updates)
-    back = RemoteEdges([0, 1], fleet)
+    back = RemoteEdges({0: [0], 1: [1]}, fleet)
     answers = back.ask(plan(replicas[1], round_index=2), replicas[1]).result()
     assert answers.answered == (0, 1)
     assert [report.num_devices for report in answers.reports] == [1, 1]

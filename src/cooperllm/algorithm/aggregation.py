@@ -76,7 +76,7 @@ def worth(num_examples: Sequence[int], deviations: Sequence[float], slopes: Sequ
         return list(num_examples)
     squares = [float((values.astype(np.float64) ** 2).mean()) if len(values) else 0.0 for values in slopes]
     signal = max(0.0, weighted_number([square - nu**2 for square, nu in zip(squares, deviations, strict=True)], num_examples))
-    shares = [signal / (signal + nu**2) if nu else 1.0 for nu in deviations]
+    shares = [signal / (signal + noise) if noise else 1.0 for noise in (nu**2 for nu in deviations)]
     return [max(1, round(share * number)) for share, number in zip(shares, num_examples, strict=True)]
 
 

@@ -59,7 +59,8 @@ class Tail:
             replica: The state.
 
         Returns:
-            (updates, oldest first; None), or (nothing; a snapshot) where that is shorter or an update is not known.
+            (updates, oldest first; None), or (nothing; a snapshot) where that is shorter or an update is not known. Who does not even have
+            θ_0 gets a snapshot and, where they are shorter, all updates as well, for those that it serves in turn: they start from θ_0.
 
         Example:
             >>> import numpy as np
@@ -72,11 +73,11 @@ class Tail:
             0
         """
         known = max(self.versions[receiver], self._expected.get(receiver, UNKNOWN))
-        wanted = range(known, replica.model_version)
+        wanted = range(max(known, 0), replica.model_version)
         self._forget(replica.theta.nbytes * (1 + len(replica.moments)))
-        if known == UNKNOWN or any(version not in self._updates for version in wanted):
-            return (), replica.snapshot()
-        return tuple(self._updates[version][0] for version in wanted), None
+        is_whole = all(version in self._updates for version in wanted)
+        updates = tuple(self._updates[version][0] for version in wanted) if is_whole else ()
+        return updates, None if is_whole and known != UNKNOWN else replica.snapshot()
 
     def _forget(self, snapshot_bytes: int) -> None:
         """Drops updates that no tail shorter than a snapshot goes back to."""

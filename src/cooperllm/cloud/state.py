@@ -5,6 +5,7 @@ so that a resumed run makes the same guides. Losses, step sizes and rounds that 
 is replayed from the log are fitted again only if they are still in use at its end.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from cooperllm.algorithm.guidance import digest_of, inside
 from cooperllm.algorithm.maps import joined, missing
 from cooperllm.algorithm.replay import Replica
 from cooperllm.cloud.guide import GuideMaker
+from cooperllm.cloud.judge import misfit
 from cooperllm.cloud.maps import MapFitter
 from cooperllm.config import Distribution, RunConfig
 from cooperllm.errors import DivergenceError, QuorumError
@@ -33,6 +35,9 @@ COHORT = 1 << 60
 
 POOL = 3 << 32
 """Child of the run's seed that names a pool of directions; rounds are its first 2³² children, `assembly` has two more."""
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,9 +183,7 @@ class Cloud:
             QuorumError: If fewer devices than the configuration asks for gave usable reports.
         """
         plan = prepared.plan
-        dropped: Counter[Outcome] = Counter()
-        for report in reports:
-            dropped.update(report.dropped)
+        reports, dropped = self._judged(plan, reports)
         num_reports = sum(report.num_devices for report in reports)
         if plan.model_version < self._back_version:
             nothing = Coordinates(columns=np.zeros(0, np.float32), kind=StepKind.HOLD)
@@ -198,6 +201,19 @@ class Cloud:
         measured = replace(measured, held=tuple(update.random_terms for update in self._held))
         found = self._arm.combine(self._arm_config, plan, prepared.public, measured)
         return self._closed(plan, found, self._factor, reports, dropped)
+
+    def _judged(self, plan: Plan, reports: Sequence[EdgeReport]) -> tuple[list[EdgeReport], Counter[Outcome]]:
+        """Takes out what does not answer the plan, and counts what was not used, here and at the edges."""
+        dropped, fitting = Counter[Outcome](), list[EdgeReport]()
+        for report in reports:
+            reason = misfit(report, plan, len(self.replica.theta))
+            if reason is None:
+                fitting.append(report)
+                dropped.update(report.dropped)
+            else:
+                _log.warning("round %d: the report of edge %d is not used: %s", plan.round_index, report.edge_id, reason)
+                dropped[Outcome.MISMATCH] += 1
+        return fitting, dropped
 
     def pool(self) -> tuple[Float32[np.ndarray, "n"], ...]:
         """Returns the pooled public gradients, for a checkpoint."""

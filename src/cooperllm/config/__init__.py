@@ -1,7 +1,10 @@
 """A run's settings: frozen values, checked once, at construction, before anything runs."""
 
 from cooperllm.config.arm import (
+    MOST_CANDIDATES,
+    MOST_LOCAL_STEPS,
     MOST_MAP_COMPONENTS,
+    MOST_QUERIES,
     SUPPORTED_BITS,
     ArmConfig,
     ArmName,
@@ -36,7 +39,10 @@ from cooperllm.config.task import (
 )
 
 __all__ = [
+    "MOST_CANDIDATES",
+    "MOST_LOCAL_STEPS",
     "MOST_MAP_COMPONENTS",
+    "MOST_QUERIES",
     "NO_TEXT",
     "SUPPORTED_BITS",
     "UNLABELLED",

@@ -9,6 +9,10 @@ from cooperllm.config.check import check
 SUPPORTED_BITS = (1, 2, 4, 8, 32)
 """Bits per entry that vectors can be packed with; 32 is exact."""
 
+MOST_QUERIES, MOST_CANDIDATES, MOST_LOCAL_STEPS = 1 << 12, 1 << 16, 1 << 10
+"""Random directions that a device may be asked to measure in a round, directions made to choose them from, and steps by itself: a device
+refuses what would keep it at work for days."""
+
 MOST_MAP_COMPONENTS = 128
 """Principal components of a layer's output that maps may depend on, at most."""
 
@@ -134,6 +138,10 @@ class ArmConfig:
             check(getattr(self, name) >= 1, f"arm.{name}", getattr(self, name), ">= 1")
         for name in ("guide_bits", "estimate_bits", "step_bits"):
             check(getattr(self, name) in SUPPORTED_BITS, f"arm.{name}", getattr(self, name), f"one of {SUPPORTED_BITS}")
+        check(self.queries <= MOST_QUERIES, "arm.queries", self.queries, f"<= {MOST_QUERIES}")
+        most = MOST_CANDIDATES // self.queries
+        check(self.candidates <= most, "arm.candidates", self.candidates, f"<= {most}: {MOST_CANDIDATES} for all queries together")
+        check(self.local_steps <= MOST_LOCAL_STEPS, "arm.local_steps", self.local_steps, f"<= {MOST_LOCAL_STEPS}")
         check(self.feedback_blocks >= 0, "arm.feedback_blocks", self.feedback_blocks, ">= 0")
         check(self.map_components <= MOST_MAP_COMPONENTS, "arm.map_components", self.map_components, f"<= {MOST_MAP_COMPONENTS}")
         check(self.map_examples == 0 or self.map_examples >= 8, "arm.map_examples", self.map_examples, "0 or >= 8")

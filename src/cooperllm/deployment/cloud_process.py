@@ -8,6 +8,7 @@ from cooperllm.config import RunConfig
 from cooperllm.deployment.edge_process import open_server
 from cooperllm.deployment.enrolment import read_public_keys
 from cooperllm.deployment.settings import CloudSettings
+from cooperllm.edge import devices_of
 from cooperllm.errors import ConfigError
 from cooperllm.link.fleet_link import fleet_links
 from cooperllm.run_directory import RunDirectory
@@ -33,9 +34,10 @@ def run_cloud_process(settings: CloudSettings, observe: Observer | None = None) 
         LinkError: If the port is taken.
         RunDirectoryError: If the run's files are damaged.
     """
-    check_deployable(RunDirectory(settings.run).config())
+    config = RunDirectory(settings.run).config()
+    check_deployable(config)
     keys = read_public_keys(settings.edges)
-    with open_server(keys, settings.listen, settings.certificate, settings.certificate_key) as server:
+    with open_server(keys, settings) as server:
         _log.info("cloud: listening on %s for edges %s", server.address, sorted(keys))
         links = fleet_links(server, "edge", settings.round_timeout_s)
 
@@ -43,7 +45,9 @@ def run_cloud_process(settings: CloudSettings, observe: Observer | None = None) 
             link = links()
             return Received(data=link.send(orders.items()), spent=link.spent)
 
-        return deployed(settings.run, RemoteEdges(sorted(keys), send), observe, wait_s=WAIT_S)
+        federation = config.federation
+        devices = {number: devices_of(number, federation.num_edges, federation.num_devices) for number in sorted(keys)}
+        return deployed(settings.run, RemoteEdges(devices, send), observe, wait_s=WAIT_S)
 
 
 def log_round(config: RunConfig, figures: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ def run_device_process(settings: DeviceSettings, stop: threading.Event) -> None:
         package.manifest.max_tokens,
         (latest or start).model_version,
     )
-    edge = Server(address=settings.edge, key=settings.key, authority=settings.authority)
+    edge = Server(address=settings.edge, key=settings.key, authority=settings.authority, certificate=settings.node_certificate)
     serve(edge, host.answer, stop, 1 + job.config.federation.staleness)
 
 

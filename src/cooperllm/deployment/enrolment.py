@@ -1,9 +1,9 @@
 """Keys, certificates and a directory for each process of a deployment.
 
-    authority/   the certificate that signs the servers' ones, and its key: keep it, and keep it away from the others
+    authority/   the certificate that signs all others, and its key: keep it, and keep it away from the others
     cloud/       cloud.toml, the run, its certificate, edges/NUMBER.pem
-    edge-0/      edge.toml, job.json, its key and certificate, devices/NUMBER.pem
-    device-0/    device.toml, job.json, its key
+    edge-0/      edge.toml, job.json, its key, its certificates as a node and as a server, devices/NUMBER.pem
+    device-0/    device.toml, job.json, its key and certificate
     package/     what every device needs of the model
 
 A directory is copied to its host and started there. A node is let in by the public key that its server has a file of; to lock it out,
@@ -62,18 +62,19 @@ def enroll(directory: Path, job: Job, places: Places) -> None:
     _write(directory / "authority" / "authority.pem", authority.certificate_pem)
     _write(directory / "authority" / "authority.key", _private_pem(authority.key), is_secret=True)
     cloud = directory / "cloud"
-    authority.certify(cloud, hosts[places.cloud])
+    _write(cloud / "authority.pem", authority.certificate_pem)
+    authority.certify_server(cloud, hosts[places.cloud])
     _write(cloud / "cloud.toml", CLOUD.format(listen=places.cloud).encode())
     for number, place in enumerate(places.edges):
         edge = directory / f"edge-{number}"
-        _write(cloud / "edges" / f"{number}.pem", _new_key(edge))
-        authority.certify(edge, hosts[place])
+        _write(cloud / "edges" / f"{number}.pem", authority.certify_node(edge))
+        authority.certify_server(edge, hosts[place])
         _write(edge / "authority.pem", authority.certificate_pem)
         _write(edge / "job.json", msgspec.json.encode(job))
         _write(edge / "edge.toml", EDGE.format(number=number, cloud=places.cloud, listen=place).encode())
         for device_id in devices_of(number, len(places.edges), job.config.federation.num_devices):
             device = directory / f"device-{device_id}"
-            _write(edge / "devices" / f"{device_id}.pem", _new_key(device))
+            _write(edge / "devices" / f"{device_id}.pem", authority.certify_node(device))
             _write(device / "authority.pem", authority.certificate_pem)
             _write(device / "job.json", msgspec.json.encode(job))
             _write(device / "device.toml", DEVICE.format(number=device_id, edge=place).encode())
@@ -106,7 +107,7 @@ def read_public_keys(directory: Path) -> dict[int, bytes]:
 
 
 class _Authority:
-    """Signs the servers' certificates, once."""
+    """Signs certificates, once: a server's is good for no node, and a node's for no server."""
 
     def __init__(self) -> None:
         self.key = ec.generate_private_key(CURVE())
@@ -116,23 +117,30 @@ class _Authority:
         certificate = unsigned.sign(self.key, HASH)
         self.certificate_pem = certificate.public_bytes(serialization.Encoding.PEM)
 
-    def certify(self, directory: Path, host: str) -> None:
+    def certify_server(self, directory: Path, host: str) -> None:
         """Writes a server's key and certificate for a name or number."""
-        key = ec.generate_private_key(CURVE())
         try:
             alternative: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
         except ValueError:
             alternative = x509.DNSName(host)
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])])
-        certificate = (
+        self._certify(directory / "server", host, ExtendedKeyUsageOID.SERVER_AUTH, x509.SubjectAlternativeName([alternative]))
+
+    def certify_node(self, directory: Path) -> bytes:
+        """Writes a node's key, which it signs its requests with, and the certificate for it; returns the public key."""
+        return self._certify(directory / "node", directory.name, ExtendedKeyUsageOID.CLIENT_AUTH)
+
+    def _certify(self, stem: Path, name: str, usage: x509.ObjectIdentifier, *extensions: x509.ExtensionType) -> bytes:
+        key, subject = ec.generate_private_key(CURVE()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+        unsigned = (
             _certificate(subject, self._name, key.public_key())
-            .add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .sign(self.key, HASH)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         )
-        _write(directory / "server.pem", certificate.public_bytes(serialization.Encoding.PEM))
-        _write(directory / "server.key", _private_pem(key), is_secret=True)
+        for extension in extensions:
+            unsigned = unsigned.add_extension(extension, critical=False)
+        _write(stem.with_suffix(".pem"), unsigned.sign(self.key, HASH).public_bytes(serialization.Encoding.PEM))
+        _write(stem.with_suffix(".key"), _private_pem(key), is_secret=True)
+        return _public_pem(key.public_key())
 
 
 HASH = hashes.SHA384()
@@ -150,13 +158,6 @@ def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePub
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=VALID_DAYS))
     )
-
-
-def _new_key(directory: Path) -> bytes:
-    """Writes a node's private key and returns the public one."""
-    key = ec.generate_private_key(CURVE())
-    _write(directory / "node.key", _private_pem(key), is_secret=True)
-    return _public_pem(key.public_key())
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -180,6 +181,7 @@ listen = "{listen}"        # for the edges
 edges = "edges"                   # NUMBER.pem: the public key of every edge that may come in
 certificate = "server.pem"        # what the cloud shows; leave both out and say insecure = true for plain text on one machine
 certificate_key = "server.key"
+node_authority = "authority.pem"  # whose signature an edge's certificate must carry; leave it out to let edges in by their keys alone
 # round_timeout_s = 900           # an edge that has not answered by then is lost to the round
 """
 
@@ -188,11 +190,13 @@ number = {number}
 job = "job.json"                  # the run's settings
 cloud = "{cloud}"         # where the cloud listens
 key = "node.key"                  # this edge's key towards the cloud
+node_certificate = "node.pem"     # the certificate for it, which the cloud wants to see
 authority = "authority.pem"       # whose signature the cloud's certificate carries
 listen = "{listen}"        # for the devices
 devices = "devices"               # NUMBER.pem: the public key of every device that may come in
 certificate = "server.pem"        # what the edge shows its devices
 certificate_key = "server.key"
+node_authority = "authority.pem"  # whose signature a device's certificate must carry; leave it out to let devices in by their keys alone
 # round_timeout_s = 600           # a device that has not answered by then is lost to the round; less than the cloud's
 """
 
@@ -201,6 +205,7 @@ number = {number}
 job = "job.json"                  # the run's settings
 edge = "{edge}"          # where its edge listens
 key = "node.key"                  # this device's key
+node_certificate = "node.pem"     # the certificate for it, which its edge wants to see
 authority = "authority.pem"       # whose signature the edge's certificate carries
 package = "../package"            # what `cooperllm package` has written
 data = "texts.jsonl"              # private texts, one a line: {{"text": "...", "label": 0}}; they never leave this machine

@@ -25,6 +25,7 @@ class CloudSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         edges: Directory with the public key of every edge, NUMBER.pem.
         certificate: What the cloud shows; None only in plain text.
         certificate_key: Its private key.
+        node_authority: Certificate that every edge's own is signed by; None asks edges for no certificate.
         insecure: Plain text, on this machine alone.
         round_timeout_s: Seconds after which an edge that has not answered is lost to the round.
     """
@@ -34,6 +35,7 @@ class CloudSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     edges: Path
     certificate: Path | None = None
     certificate_key: Path | None = None
+    node_authority: Path | None = None
     insecure: bool = False
     round_timeout_s: Positive = 900.0
 
@@ -46,11 +48,13 @@ class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         job: The job's file.
         cloud: HOST:PORT of the cloud.
         key: This edge's private key towards the cloud.
+        node_certificate: The certificate for that key, where the cloud wants to see one.
         authority: Certificate that the cloud's is signed by; None only in plain text.
         listen: HOST:PORT for the devices.
         devices: Directory with the public key of every device, NUMBER.pem.
         certificate: What the edge shows its devices; None only in plain text.
         certificate_key: Its private key.
+        node_authority: Certificate that every device's own is signed by; None asks devices for no certificate.
         insecure: Plain text, on this machine alone.
         round_timeout_s: Seconds after which a device that has not answered is lost to the round; less than the cloud's.
     """
@@ -59,11 +63,13 @@ class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     job: Path
     cloud: str
     key: Path
+    node_certificate: Path | None = None
     authority: Path | None = None
     listen: str
     devices: Path
     certificate: Path | None = None
     certificate_key: Path | None = None
+    node_authority: Path | None = None
     insecure: bool = False
     round_timeout_s: Positive = 600.0
 
@@ -76,6 +82,7 @@ class DeviceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         job: The job's file.
         edge: HOST:PORT of its edge.
         key: This device's private key.
+        node_certificate: The certificate for that key, where the edge wants to see one.
         authority: Certificate that the edge's is signed by; None only in plain text.
         package: Directory of the device package.
         data: Private texts, a JSON object a line: text, label (a number or a class's name), and text2 for pairs.
@@ -90,6 +97,7 @@ class DeviceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     job: Path
     edge: str
     key: Path
+    node_certificate: Path | None = None
     authority: Path | None = None
     package: Path
     data: Path
@@ -196,8 +204,9 @@ def _check_security(file: Path, settings: CloudSettings | EdgeSettings | DeviceS
     missing = [name for name in wanted if getattr(settings, name) is None]
     if missing and not settings.insecure:
         raise ConfigError(f"{file}: found no {missing[0]}, expected a file; without one say insecure = true, which stays on this machine")
-    if settings.insecure and len(missing) < len(wanted):
-        raise ConfigError(f"{file}: found insecure = true beside {', '.join(sorted(set(wanted) - set(missing)))}, expected one of both")
+    given = {name for name in (*wanted, "node_authority", "node_certificate") if getattr(settings, name, None) is not None}
+    if settings.insecure and given:
+        raise ConfigError(f"{file}: found insecure = true beside {', '.join(sorted(given))}, expected one of both")
     for name, host in hosts.items():
         if settings.insecure and not is_loopback(host):
             raise ConfigError(f"{file}: found insecure = true and {name} = {addresses[name]!r}, expected 127.0.0.1: plain text stays here")

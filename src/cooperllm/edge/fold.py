@@ -14,12 +14,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from cooperllm.algorithm.aggregation import merged, weighted_mean, weighted_number, worth
-from cooperllm.algorithm.compression import EXACT, LARGEST_TO_FOLD, pack_unbiased, unpack_vector
+from cooperllm.algorithm.asked import are_usable, group_of, lengths_of, wants_estimate
+from cooperllm.algorithm.compression import EXACT, LARGEST, LARGEST_TO_FOLD, pack_unbiased, unpack_vector
 from cooperllm.algorithm.maps import joined, missing
 from cooperllm.algorithm.replay import Replica
 from cooperllm.algorithm.tail import Tail
 from cooperllm.errors import DecodeError
-from cooperllm.messages import DeviceReport, EdgeReport, Grouping, Maps, Order, Outcome, Plan, RandomSlopes, Update
+from cooperllm.messages import DeviceReport, EdgeReport, Maps, Order, Outcome, Plan, RandomSlopes, Update
 
 EDGE_ROUNDING = 1 << 33
 """Noise indices from here on round what edges send; those below round what the device of that number sends."""
@@ -174,22 +175,6 @@ def devices_of(edge: int, num_edges: int, num_devices: int) -> range:
     return range(edge, num_devices, num_edges)
 
 
-def group_of(plan: Plan, edge_id: int, device_id: int) -> int:
-    """Says whose random directions a device probes.
-
-    Args:
-        plan: Names the grouping.
-        edge_id: The device's edge.
-        device_id: The device.
-
-    Returns:
-        Number of the group.
-    """
-    if plan.probes is None or plan.probes.grouping is Grouping.SHARED:
-        return 0
-    return edge_id if plan.probes.grouping is Grouping.EDGE else device_id
-
-
 def _judge(report: DeviceReport, plan: Plan, num_parameters: int) -> tuple[Outcome, Float32[np.ndarray, "n"] | None]:
     """A report counts only if it answers this very plan; its estimate is decoded on the way."""
     if report.outcome is Outcome.BEHIND:
@@ -199,16 +184,14 @@ def _judge(report: DeviceReport, plan: Plan, num_parameters: int) -> tuple[Outco
         return Outcome.MISMATCH, None
     if report.outcome is not Outcome.OK:
         return report.outcome, None
-    probes = plan.probes
-    slopes = (plan.num_columns if probes.measures_columns else 0, probes.num_random) if probes is not None else (0, 0)
-    blocks = len(plan.feedback.blocks) if plan.feedback is not None else 0
+    columns, random, blocks = lengths_of(plan)
     lengths = tuple(map(len, (report.column_slopes, report.random_slopes, report.agreement, report.energy)))
-    wants_estimate = plan.feedback is not None or plan.local_training is not None
-    if lengths != (*slopes, blocks, blocks) or report.num_examples == 0 or wants_estimate != (report.estimate is not None):
+    has_what_was_asked = lengths == (columns, random, blocks, blocks) and wants_estimate(plan) == (report.estimate is not None)
+    if not has_what_was_asked or report.num_examples == 0:
         return Outcome.MISMATCH, None
     try:
         estimate = None if report.estimate is None else unpack_vector(report.estimate, num_parameters, LARGEST_TO_FOLD)
     except DecodeError:
         return Outcome.MISMATCH, None
-    numbers = (report.column_slopes, report.random_slopes, report.agreement, report.energy, *([] if estimate is None else [estimate]))
-    return (Outcome.OK if all(np.isfinite(values).all() for values in numbers) else Outcome.NON_FINITE_LOSS), estimate
+    is_usable = are_usable(report.column_slopes, report.random_slopes) and are_usable(report.agreement, report.energy, largest=LARGEST)
+    return (Outcome.OK if is_usable else Outcome.NON_FINITE_LOSS), estimate

@@ -15,7 +15,6 @@ import datetime
 import email.utils
 import logging
 import queue
-import ssl
 import threading
 import time
 from base64 import b64encode
@@ -63,6 +62,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from cooperllm.errors import ConfigError, LinkError
 from cooperllm.link.envelope import SHORT_PARTS, stamp, unwrap, wrap
+from cooperllm.link.tls import is_about_tls, node_context
 
 POLL_S = 0.2
 RETURN_AFTER_S, RETRY_S, LAST_WORDS_S = 2.0, 30.0, 5.0
@@ -89,11 +89,13 @@ class Server:
         address: HOST:PORT.
         key: File of the node's private key, in PEM.
         authority: File with the certificate that the server's is signed by; None for plain text.
+        certificate: File of the node's own, for that key, where the server wants to see one; else None.
     """
 
     address: str
     key: Path
     authority: Path | None
+    certificate: Path | None = None
 
 
 def serve(server: Server, answer: Answer, stop: threading.Event | None = None, at_once: int = 1, most_at_work: int = 1) -> None:
@@ -107,7 +109,7 @@ def serve(server: Server, answer: Answer, stop: threading.Event | None = None, a
         most_at_work: Answers made at the same time, >= 1; a node that only waits for others makes as many as it has in hand.
 
     Raises:
-        ConfigError: If the key cannot be read.
+        ConfigError: If the key or a certificate cannot be read.
         LinkError: If the server does not let the node in.
     """
     stop, key = stop or threading.Event(), read_private_key(server.key)
@@ -117,8 +119,14 @@ def serve(server: Server, answer: Answer, stop: threading.Event | None = None, a
         except (ObjectPullError, ObjectPushError, ObjectUnavailableError) as error:
             _log.warning("%s took a message back (%s)", server.address, error)
         except (httpx.HTTPError, OSError) as error:
-            _log.warning("%s is away (%s); trying again", server.address, error)
+            _log.warning("%s is away (%s%s); trying again", server.address, error, _doubt(server, error))
             stop.wait(RETURN_AFTER_S)
+
+
+def _doubt(server: Server, error: Exception) -> str:
+    """A server that refuses a node's certificate ends the connection after the node's part of the handshake, and says nothing."""
+    is_silent = server.authority is not None and isinstance(error, httpx.RemoteProtocolError)
+    return f", or it wants another certificate than {server.certificate or 'none'}" if is_silent else ""
 
 
 def read_private_key(file: Path) -> ec.EllipticCurvePrivateKey:
@@ -167,7 +175,7 @@ def _connected(
             raise
         raise LinkError(f"{server.address} does not let this node in: expected its key ({server.key}) to be enrolled there") from error
     except httpx.ConnectError as error:
-        if not _is_about_tls(error):
+        if not is_about_tls(error):
             raise
         raise LinkError(
             f"{server.address} is not who it should be ({error}): expected a certificate signed by {server.authority or 'nobody'}"
@@ -213,13 +221,6 @@ class _Hands:
             self._free.release()
 
 
-def _is_about_tls(error: BaseException | None) -> bool:
-    """Tells a server that is not who it should be from one that has gone in the middle of a handshake, or was never behind its proxy."""
-    while error is not None and not isinstance(error, ssl.SSLError):
-        error = error.__cause__ or error.__context__
-    return error is not None and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
-
-
 @contextmanager
 def connected(server: Server, key: ec.EllipticCurvePrivateKey, most_at_work: int = 1) -> Generator["Fleet"]:
     """Says that a node is there, now and then while it works, and at the end that it is gone.
@@ -233,11 +234,13 @@ def connected(server: Server, key: ec.EllipticCurvePrivateKey, most_at_work: int
         The node's calls.
 
     Raises:
+        ConfigError: If a certificate cannot be read.
         httpx.HTTPError: If the server is away, or refuses.
     """
-    authority = None if server.authority is None else server.authority.read_bytes()
+    context = None if server.authority is None else node_context(server.authority, server.certificate, server.key)
     arrival = _Arrival()
-    with FleetHttpClient.from_server_address(server.address, authority is None, authority, [_Signature(key), arrival]) as client:
+    url = f"{'http' if context is None else 'https'}://{server.address}"
+    with FleetHttpClient(url, verify=context or False, interceptors=[_Signature(key), arrival]) as client:
         shown = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         node = Node(node_id=client.ActivateNode(shown).node_id)
 

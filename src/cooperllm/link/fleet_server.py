@@ -27,7 +27,6 @@ from base64 import b64decode
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +67,7 @@ from cooperllm.errors import LinkError
 from cooperllm.link.envelope import SHORT_PARTS
 from cooperllm.link.request_limit import RequestLimit
 from cooperllm.link.seen_requests import SeenRequests
+from cooperllm.link.tls import Certificate
 
 KNOWN_FLOWER = "1.41.0"
 START_TIMEOUT_S, STOP_TIMEOUT_S = 30.0, 10.0
@@ -92,19 +92,6 @@ class Address:
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Certificate:
-    """What a server shows.
-
-    Attributes:
-        chain: File of the certificate.
-        key: File of its private key.
-    """
-
-    chain: Path
-    key: Path
 
 
 class FleetServer:
@@ -138,7 +125,7 @@ class FleetServer:
         self.grid = _Grid(self._state, run_id)
         self._socket = _listening(address)
         self.address = Address(host=address.host, port=self._socket.getsockname()[1])
-        tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": certificate.chain, "ssl_keyfile": certificate.key}
+        tls = {} if certificate is None else certificate.options()
         app = _app(self._state, _once(public_keys.values()))
         self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none", **tls))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="fleet", daemon=True)

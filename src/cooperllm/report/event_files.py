@@ -1,13 +1,10 @@
 """A run's figures as TensorBoard's event files: a scalar for each figure and round."""
 
 import json
-from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from cooperllm.config import to_plain
-from cooperllm.errors import ConfigError
+from cooperllm.report.exported import begun_at, require, runs_below, scalars, timed_rounds
 from cooperllm.run_directory import RunDirectory
 
 
@@ -25,51 +22,16 @@ def write_event_files(path: Path, target: Path) -> list[Path]:
         ConfigError: If TensorBoard is not installed, or there is no run.
         RunDirectoryError: If a run is damaged.
     """
-    if not _has_tensorboard():
-        raise ConfigError('event files are written with TensorBoard, which is not installed: pip install "cooperllm[tensorboard]"')
+    require("tensorboard", "event files")
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 -- of the extra `tensorboard`
 
-    runs = sorted(file.parent for file in path.glob("**/rounds.jsonl"))
-    if not runs:
-        raise ConfigError(
-            f"{path}: found no run, expected rounds.jsonl there or below: the directory of a run, a comparison or a deployment"
-        )
+    runs = runs_below(path)
     written = [target / run.relative_to(path) for run in runs]
     for run, directory in zip(runs, written, strict=True):
-        files, begun_s = RunDirectory(run), (run / "config.json").stat().st_mtime
         with SummaryWriter(directory) as writer:
-            writer.add_text("settings", f"```\n{json.dumps(to_plain(files.config()), indent=2)}\n```", 0, begun_s)
-            for row in files.rounds():
-                begun_s += row["seconds"]
+            settings = json.dumps(to_plain(RunDirectory(run).config()), indent=2)
+            writer.add_text("settings", f"```\n{settings}\n```", 0, begun_at(run))
+            for closed_at, row in timed_rounds(run):
                 for name, value in scalars(row):
-                    writer.add_scalar(name, value, row["round"], walltime=begun_s)
+                    writer.add_scalar(name, value, row["round"], walltime=closed_at)
     return written
-
-
-def _has_tensorboard() -> bool:
-    try:
-        return find_spec("tensorboard") is not None
-    except ValueError:  # it is known to be missing
-        return False
-
-
-def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Names the numbers of a round.
-
-    Args:
-        row: A line of rounds.jsonl.
-
-    Yields:
-        Names and values; counts by outcome are named like "dropped/late", and what is not there has no value.
-
-    Example:
-        >>> dict(scalars({"round": 1, "arm": "feedback", "loss": None, "num_reports": 5, "answered": [3, 4], "dropped": {"late": 1}}))
-        {'num_reports': 5.0, 'answered': 2.0, 'dropped/late': 1.0}
-    """
-    for name, value in row.items():
-        if name == "round" or value is None or isinstance(value, str):
-            continue
-        if isinstance(value, Mapping):
-            yield from ((f"{name}/{key}", float(count)) for key, count in value.items())
-        else:
-            yield name, float(len(value) if isinstance(value, list) else value)
