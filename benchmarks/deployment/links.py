@@ -195,11 +195,13 @@ def measured(directory: Path, hosts: list[Host], rate: float, timeout_s: float, 
 
 
 def _tell_rounds(directory: Path) -> None:
-    """Prints what each round took and which bits its devices had."""
+    """Prints what each round took, which bits its devices had, and how well the model did where that was looked at."""
     files = RunDirectory(directory / "cloud" / "run")
     for row, times in zip(files.rounds(), files.times(), strict=True):
         bits = sorted(one["bits"] for edge in times["edges"] for one in edge["scheduled"])
-        print(f"round {row['round']}: {row['seconds']:.2f} s, {row['bytes_up'] / 1e3:.1f} kB up, bits {bits or 'as planned'}", flush=True)
+        accuracy = "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.3f}"
+        words = f"round {row['round']}: {row['seconds']:.2f} s, {row['bytes_up'] / 1e3:.1f} kB up, bits {bits or 'as planned'}{accuracy}"
+        print(words, flush=True)
 
 
 def main() -> None:
@@ -213,7 +215,11 @@ def main() -> None:
     parser.add_argument("--edges", type=int, default=2)
     parser.add_argument("--layers", type=int, help="adapt this many of the last layers; the recipe's otherwise")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0], help="rounds that devices may be behind: 0, 1 or both")
+    parser.add_argument("--bits", type=int, help="of estimates and of the step; the recipe's otherwise, 32 for float32")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--evaluate-every", type=int, help="rounds between evaluations, whose rounds are told apart; the last alone otherwise"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[0, 100, 10, 1], help="Mbit/s to a device; 0 sets no limit")
     parser.add_argument("--adapt", action="store_true", help="let edges choose the bits of devices' estimates")
     parser.add_argument("--drop", nargs=2, metavar=("ROUND", "MBIT"), help="after this round every device's link has this rate")
@@ -228,7 +234,10 @@ def main() -> None:
     if arguments.layers is not None:
         config = replace(config, model=replace(config.model, last_layers=arguments.layers))
     federation = replace(config.federation, num_devices=arguments.devices, num_edges=arguments.edges, devices_per_round=arguments.devices)
-    config = replace(config, federation=federation, num_rounds=arguments.rounds, evaluate_every=arguments.rounds, runtime=arguments.runtime)
+    if arguments.bits is not None:
+        config = replace(config, arm=replace(config.arm, estimate_bits=arguments.bits, step_bits=arguments.bits))
+    every = arguments.evaluate_every or arguments.rounds
+    config = replace(config, federation=federation, num_rounds=arguments.rounds, evaluate_every=every, runtime=arguments.runtime)
     hosts = hosts_of(config)
     places = Places(cloud=f"{hosts[0].address}:9100", edges=tuple(f"{host.address}:9101" for host in hosts if host.kind == "edge"))
     whole = arguments.work / "prepared"
@@ -254,7 +263,7 @@ def main() -> None:
             f"| {found['worked_s']:.2f} s | {found['transfer_s']:.2f} s | {found['lost']:.0f} |",
             flush=True,
         )
-        if drop is not None:
+        if drop is not None or arguments.evaluate_every is not None:
             _tell_rounds(directory)
 
 
