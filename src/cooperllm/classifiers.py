@@ -3,6 +3,7 @@
 The names matter elsewhere: `backbone` is what adapters are attached to and saved from, `classifier` a head that is trained.
 
 References:
+    Zhao et al., 2021, Calibrate before use: improving few-shot performance of language models, arXiv:2102.09690, section 4.2.
     Reimers and Gurevych, 2019, Sentence-BERT: sentence embeddings using Siamese BERT-networks, arXiv:1908.10084.
 
 Dimension key: B examples, T tokens, H hidden size, C classes, V tokens of the vocabulary, R targets.
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from cooperllm.config import ModelConfig, Objective
 from cooperllm.errors import ConfigError
 from cooperllm.wrapped_forward import forward_wrapped
+
+CONTENT_FREE = ("N/A", "[MASK]", "")
+"""What stands in the place of a text when a model is asked what it says of none; the mean of its scores is taken."""
 
 SCALE = 20.0
 """Of cosines as scores: what sentence encoders are trained with, the default of MultipleNegativesRankingLoss in sentence-transformers."""
@@ -44,18 +48,21 @@ class LabelWords(nn.Module):
     """
 
     word_ids: Tensor
+    shift: Tensor | None
 
-    def __init__(self, backbone: nn.Module, word_ids: Sequence[int]) -> None:
+    def __init__(self, backbone: nn.Module, word_ids: Sequence[int], shift: Tensor | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.register_buffer("word_ids", torch.tensor(word_ids), persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Returns scores [B, C] in float32."""
         language_model: Any = self.backbone
         head = language_model.get_output_embeddings()
         with forward_wrapped(head, partial(self._after_last_token, head, mask.sum(1) - 1)):
-            return language_model(input_ids=token_ids, attention_mask=mask, use_cache=False).logits.float()
+            scores = language_model(input_ids=token_ids, attention_mask=mask, use_cache=False).logits.float()
+        return scores if self.shift is None else scores - self.shift
 
     def _after_last_token(self, head: nn.Module, last: Tensor, own: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         at_last = hidden[torch.arange(last.shape[0]), last]
@@ -133,7 +140,9 @@ def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_class
         raise ConfigError(f"model.label_words: found {config.label_words}, expected {num_classes} words, one per class")
     if config.objective is Objective.LABEL_TEXTS:
         return partial(LabelTexts, label_embeddings=_label_embeddings(config, backbone, tokenizer))
-    return partial(LabelWords, word_ids=_word_ids(tokenizer, config.prompt, config.label_words))
+    word_ids = _word_ids(tokenizer, config.prompt, config.label_words)
+    shift = _said_of_no_text(config.prompt, LabelWords(backbone, word_ids), tokenizer) if config.calibrates else None
+    return partial(LabelWords, word_ids=word_ids, shift=shift)
 
 
 def _mean_state(backbone: nn.Module, token_ids: Tensor, mask: Tensor) -> Tensor:
@@ -157,6 +166,14 @@ def _label_embeddings(config: ModelConfig, backbone: nn.Module, tokenizer: Any) 
     with torch.no_grad():
         states = [_mean_state(backbone, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)) for row in rows]
         return nn.functional.normalize(torch.cat(states), dim=1)
+
+
+def _said_of_no_text(prompt: str, classifier: LabelWords, tokenizer: Any) -> Tensor:
+    """The mean scores of prompts without a text, each alone."""
+    rows: list[list[int]] = [tokenizer(prompt.format(text=text, text2=text))["input_ids"] for text in CONTENT_FREE]
+    with torch.no_grad():
+        scores = [classifier(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)) for row in rows]
+    return torch.cat(scores).mean(0)
 
 
 def _word_ids(tokenizer: Any, prompt: str, words: Sequence[str]) -> list[int]:

@@ -374,3 +374,19 @@ def test_a_cloud_that_checkpoints_activations_has_the_same_gradient(caches_prefi
     assert np.abs(gradient).max() > 1e-3
     again, same = frugal.gradient(theta, 7)
     assert (again.tobytes(), same) == (gradient.tobytes(), loss)
+
+
+def test_calibrated_label_words_say_nothing_of_no_text_and_keep_every_difference_between_texts():
+    plain, calibrated = models.load(WORDS, 2), models.load(replace(WORDS, calibrates=True), 2)
+    start = torch.from_numpy(calibrated.initial_parameters(3))
+    examples = calibrated.encode(["N/A", "[MASK]", ""], None, [0, 0, 0])
+    of_nothing = calibrated.scores(start, calibrated.batch(examples, range(3))).mean(0)
+    torch.testing.assert_close(of_nothing, torch.zeros(2), rtol=0, atol=1e-5)
+    shift = scores(plain, moved(plain)) - scores(calibrated, moved(calibrated))
+    assert shift.abs().max() > 1e-2, "there is something to take off"
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=0, atol=1e-5)
+
+
+def test_calibration_is_for_label_words():
+    with pytest.raises(ConfigError, match="model.calibrates: found True, expected false for the objective head"):
+        ModelConfig(calibrates=True)

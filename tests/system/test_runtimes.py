@@ -109,9 +109,9 @@ def next_tokens(_onnx_run, directory):
 
 
 def last_layer_alone(_onnx_run, directory):
-    """Nothing lies below the last adapted layer, so that there is nothing to map: every gradient is exact."""
+    """Nothing lies below the last adapted layer, so that there is nothing to map: every gradient is exact. Label words are calibrated."""
     config = tiny(RuntimeName.ONNX)
-    return write(replace(config, model=replace(config.model, last_layers=1)), directory / "package")
+    return write(replace(config, model=replace(config.model, last_layers=1, calibrates=True)), directory / "package")
 
 
 def default_model(_onnx_run, directory, variant=Variant.FP32):

@@ -62,6 +62,7 @@ class ModelConfig:
         max_tokens: Texts are cut at this many tokens, >= 2.
         prompt: For label words and next tokens: the text with {text} (and {text2}) to be filled in.
         uses_chat_template: Whether, for next tokens, the tokeniser's own chat template stands in place of the prompt.
+        calibrates: Whether, for label words, what the pretrained model says of no text at all is taken off its scores.
         label_words: One word, or for label texts one short text, per class, in the order of the labels.
         dtype: What the frozen weights are kept in; every weight that is trained is float32.
         checkpoints_activations: Whether the cloud's backward passes keep the inputs of layers alone and run them once more: the same bits.
@@ -78,6 +79,7 @@ class ModelConfig:
     max_tokens: int = 32
     prompt: str = "{text} It was"
     uses_chat_template: bool = False
+    calibrates: bool = False
     label_words: tuple[str, ...] = ()
     dtype: WeightType = WeightType.FLOAT32
     checkpoints_activations: bool = False
@@ -96,7 +98,10 @@ class ModelConfig:
             check("{text}" in self.prompt, "model.prompt", self.prompt, "a prompt that contains {text}")
         expected = f"false for the objective {self.objective.value}: chat templates are for next-token"
         check(is_next_token or not self.uses_chat_template, "model.uses_chat_template", self.uses_chat_template, expected)
-        if self.objective is Objective.LABEL_WORDS:
+        is_of_words = self.objective is Objective.LABEL_WORDS
+        expected = f"false for the objective {self.objective.value}: calibration is for label-words"
+        check(is_of_words or not self.calibrates, "model.calibrates", self.calibrates, expected)
+        if is_of_words:
             check(len(self.label_words) >= 2, "model.label_words", self.label_words, "one word per class")
         if self.objective is Objective.LABEL_TEXTS:
             one_each = len(self.label_words) >= 2 and all(text.strip() for text in self.label_words)
