@@ -1,9 +1,12 @@
 """The tiers below the cloud, as the cloud sees them: a plan goes in, folded reports come out.
 
-ask_edges        fan a plan out, exchange, fold; devices that turn out to be behind are asked once more with what they lack
+ask_edges        fan a plan out, exchange, fold; devices that turn out to be behind are asked again with what they lack
 LocalEdges       edges in the cloud's process, over any link to devices: simulations
 EdgeHost         one edge in a process of its own: bytes of an EdgeOrder in, bytes of an EdgeAnswer out
 RemoteEdges      such edges, from the cloud's side
+
+Who says that it is behind is asked again with what leads on from the version that it names. By then an order of another round under way may
+have led it elsewhere, on or back, so that this leads nowhere: then it gets a snapshot, which is taken from whatever version it has.
 """
 
 import logging
@@ -26,6 +29,9 @@ from cooperllm.errors import DecodeError, ReplayMismatchError
 from cooperllm.link.base import Exchange, Link
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import EdgeAnswer, EdgeOrder, EdgeReport, Order, Outcome, Plan, Scheduled, Spent, Update
+
+MOST_ASKED = 3
+"""Times that an edge is asked in a round: from what is known of it, from what it says that it has, from anywhere."""
 
 _ANYWAY = nullcontext()
 _log = logging.getLogger(__name__)
@@ -131,12 +137,15 @@ def ask_edges(
     begun = time.monotonic()
     with alone:
         orders = {edge.edge_id: edge.fan_out(plan, replica, bits) for edge in edges}
-    exchange = link.exchange([order for edge_orders in orders.values() for order in edge_orders])
-    with alone:
-        again = _again(edges, plan, replica, exchange, bits)
-    if again:
+    exchange = latest = link.exchange([order for edge_orders in orders.values() for order in edge_orders])
+    for from_anywhere in (False, True):
+        with alone:
+            again = _again(edges, plan, replica, latest, bits, from_anywhere=from_anywhere)
+        if not again:
+            break
         later_s = time.monotonic() - begun
-        exchange = _joined(exchange, link.exchange(again), later_s)
+        latest = link.exchange(again)
+        exchange = _joined(exchange, latest, later_s)
     by_device = {report.device_id: report for report in exchange.reports}
     reports: list[EdgeReport] = []
     with alone:
@@ -157,13 +166,18 @@ def ask_edges(
     return answers, exchange.spent
 
 
-def _again(edges: Sequence[Edge], plan: Plan, replica: Replica, first: Exchange, bits: Mapping[int, int]) -> list[Order]:
-    """Orders for devices that have said which version they really have: one that has come back with an empty disk, say."""
-    behind = [report for report in first.reports if report.outcome is Outcome.BEHIND]
+def _again(
+    edges: Sequence[Edge], plan: Plan, replica: Replica, before: Exchange, bits: Mapping[int, int], *, from_anywhere: bool = False
+) -> list[Order]:
+    """Orders for devices that have said which version they really have: one that has come back with an empty disk, say.
+
+    With `from_anywhere` they get what leads to the plan's version from any other one.
+    """
+    behind = [report for report in before.reports if report.outcome is Outcome.BEHIND]
     again: list[Order] = []
     for edge in edges if behind else ():
         for report in behind:
-            edge.fall_back(report.device_id, report.model_version)
+            edge.fall_back(report.device_id, UNKNOWN if from_anywhere else report.model_version)
         again += [order for order in edge.fan_out(plan, replica, bits) if order.device_id in {report.device_id for report in behind}]
     return again
 
@@ -322,7 +336,8 @@ class RemoteEdges:
 
     def ask(self, plan: Plan, replica: Replica) -> Future[Answers]:
         """Sends a plan to the edges with a device of its cohort and collects what comes back; who is lost costs its devices this round."""
-        orders = self._orders(take_part(self._devices, plan), plan, replica)  # here, so that rounds leave in their order
+        with self._alone:  # here, not in the thread, so that each order starts from what the one before leads to
+            orders = self._orders(take_part(self._devices, plan), plan, replica)
         future = Future[Answers]()
         threading.Thread(target=self._asked, args=(future, orders, plan, replica), name=f"round {plan.round_index}", daemon=True).start()
         return future
@@ -339,29 +354,32 @@ class RemoteEdges:
             future.set_exception(error)
 
     def _answers(self, orders: Mapping[int, bytes], plan: Plan, replica: Replica) -> Answers:
-        begun = time.monotonic()
-        answers, times, num_bytes = self._exchanged(orders)
-        behind = [answer for answer in answers if answer.report is None]
-        with self._alone:  # at once, so that no order leaves between what is no longer expected and what is known
-            self._tail.settle(orders, plan.model_version)
-            self._tail.note([answer.edge_id for answer in answers], plan.model_version)
-            for answer in behind:
-                self._tail.fall_back(answer.edge_id, answer.model_version)
-        again = self._orders([answer.edge_id for answer in behind], plan, replica)
-        later_s = time.monotonic() - begun
-        second, more_times, more_bytes = self._exchanged(again)
-        times |= {edge_id: _later(spent, later_s) for edge_id, spent in more_times.items()}
-        found = [answer for answer in (*answers, *second) if answer.report is not None]
-        with self._alone:
-            self._tail.settle(again, plan.model_version)
-            self._tail.note([answer.edge_id for answer in second if answer.report is not None], plan.model_version)
+        begun, num_bytes = time.monotonic(), 0
+        found, behind, times = list[EdgeAnswer](), list[EdgeAnswer](), dict[int, Spent]()
+        for attempt in range(MOST_ASKED):
+            later_s = time.monotonic() - begun
+            answers, spent, more_bytes = self._exchanged(orders)
+            times |= {edge_id: _later(one, later_s) for edge_id, one in spent.items()}
+            num_bytes += more_bytes
+            found += [answer for answer in answers if answer.report is not None]
+            behind = [answer for answer in answers if answer.report is None]
+            with self._alone:  # at once, so that no order leaves between what is no longer expected and what is known
+                self._tail.settle(orders, plan.model_version)
+                self._tail.note([answer.edge_id for answer in answers if answer.report is not None], plan.model_version)
+                for answer in behind:
+                    self._tail.fall_back(answer.edge_id, answer.model_version if attempt == 0 else UNKNOWN)
+                if not behind or attempt == MOST_ASKED - 1:
+                    break
+                orders = self._orders([answer.edge_id for answer in behind], plan, replica)
+        for answer in behind:
+            _log.warning("edge %d is lost: version %d found, %d expected", answer.edge_id, answer.model_version, plan.model_version)
         return Answers(
             reports=tuple(answer.report for answer in found if answer.report is not None),
             answered=tuple(sorted(device for answer in found for device in answer.answered)),
             forward_passes=sum(answer.forward_passes for answer in found),
             bytes_down=sum(answer.bytes_down for answer in found),
             bytes_up=sum(answer.bytes_up for answer in found),
-            bytes_between=num_bytes + more_bytes,
+            bytes_between=num_bytes,
             edges=tuple(
                 EdgeTimes(own=times[answer.edge_id], devices=answer.spent, scheduled=answer.scheduled)
                 for answer in found
@@ -371,10 +389,9 @@ class RemoteEdges:
 
     def _orders(self, edge_ids: Collection[int], plan: Plan, replica: Replica) -> dict[int, bytes]:
         orders: dict[int, bytes] = {}
-        with self._alone:
-            for edge_id in edge_ids:
-                orders[edge_id] = encode(_edge_order(edge_id, plan, replica, self._tail))
-            self._tail.expect(orders, plan.model_version)
+        for edge_id in edge_ids:
+            orders[edge_id] = encode(_edge_order(edge_id, plan, replica, self._tail))
+        self._tail.expect(orders, plan.model_version)
         return orders
 
     def _exchanged(self, orders: Mapping[int, bytes]) -> tuple[list[EdgeAnswer], dict[int, Spent], int]:

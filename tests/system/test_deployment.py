@@ -133,7 +133,7 @@ def test_with_rounds_under_way_together_the_bits_are_those_of_one_process(deploy
 
 
 def test_a_cloud_killed_with_two_rounds_under_way_begins_both_again(deployment, simulated_behind):
-    assert hashes_with_a_cloud_killed_after(3, with_staleness(deployment)) == simulated_behind
+    assert hashes_with_a_cloud_killed_after(3, with_staleness(deployment)) == simulated_behind, words(deployment)
 
 
 def commanded(*given):

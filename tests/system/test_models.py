@@ -388,5 +388,5 @@ def test_calibrated_label_words_say_nothing_of_no_text_and_keep_every_difference
 
 
 def test_calibration_is_for_label_words():
-    with pytest.raises(ConfigError, match="model.calibrates: found True, expected false for the objective head"):
+    with pytest.raises(ConfigError, match=r"model.calibrates: found True, expected false for the objective head"):
         ModelConfig(calibrates=True)

@@ -338,3 +338,71 @@ def test_edge_and_device_that_are_ahead_of_a_cloud_that_came_back_follow_it():
     answers = back.ask(plan(replicas[1], round_index=2), replicas[1]).result()
     assert answers.answered == (0, 1)
     assert [report.num_devices for report in answers.reports] == [1, 1]
+
+
+class Overtaken(Loopback):
+    """A link on which, where a device is asked again, the order of the next round arrives first."""
+
+    def __init__(self, devices, overtaking):
+        super().__init__(devices)
+        self._devices, self._overtaking, self.versions_sent = devices, overtaking, []
+
+    def exchange(self, orders):
+        self.versions_sent += [["snapshot"] if order.snapshot else [update.model_version for update in order.updates] for order in orders]
+        if self.versions_sent == [[2], [1, 2]]:
+            assert decode(self._devices.answer(encode(self._overtaking)), DeviceReport).outcome is Outcome.OK
+        return super().exchange(orders)
+
+
+def test_a_device_that_another_round_leads_on_between_two_orders_of_one_takes_part_all_the_same():
+    """What it has said that it has is not true any more when it is asked again."""
+    updates, replicas = history(4)
+    edge = Edge(0, [0], SIZE)
+    for update in updates:
+        edge.remember(update, len(encode(update)))
+    edge.note_version([0], 2)  # it has been led back to version 1 since
+    overtaking = Order(device_id=0, group=0, plan=plan(replicas[4]), updates=tuple(updates[1:4]), snapshot=None)
+    link = Overtaken(host(latest=replicas[1]), overtaking)
+    answers = LocalEdges([edge], link).ask(plan(replicas[3]), replicas[3]).result()
+    assert answers.answered == (0,)
+    assert answers.reports[0].dropped == {}
+    assert link.versions_sent == [[2], [1, 2], ["snapshot"]]
+    link.versions_sent.clear()
+    LocalEdges([edge], link).ask(plan(replicas[3]), replicas[3]).result()
+    assert link.versions_sent == [[]], "the edge knows where the device is"
+
+
+def test_an_edge_that_another_round_leads_on_between_two_orders_of_one_takes_part_all_the_same():
+    """Two rounds that a cloud begins again after a kill may arrive in either order: the edge goes on, and back, and lacks the next ones."""
+    updates, replicas = history(4)
+    fleet, sent = Fleet(host()), []
+    overtaking = EdgeOrder(edge_id=0, plan=plan(replicas[4]), updates=tuple(updates[1:]), snapshot=None)
+
+    def send(orders):
+        order = decode(orders[0], EdgeOrder)
+        sent.append(["snapshot"] if order.snapshot else [update.model_version for update in order.updates])
+        if sent == [[2], [1, 2]]:
+            assert decode(fleet.hosts[0].answer(encode(overtaking)), EdgeAnswer).report is not None
+        return fleet(orders)
+
+    tiers = RemoteEdges({0: [0]}, send)
+    for replica in replicas[:3]:
+        close(tiers, replica, updates)
+    back = EdgeOrder(edge_id=0, plan=plan(replicas[1]), updates=(), snapshot=replicas[1].snapshot())
+    fleet.hosts[0].answer(encode(back))
+    sent.clear()
+    answers = tiers.ask(plan(replicas[3]), replicas[3]).result()
+    assert answers.answered == (0,)
+    assert [report.num_devices for report in answers.reports] == [1]
+    assert sent == [[2], [1, 2], ["snapshot"]]
+    sent.clear()
+    tiers.ask(plan(replicas[3]), replicas[3]).result()
+    assert sent == [[]], "the cloud knows where the edge is"
+
+
+def test_an_edge_that_stays_behind_is_lost_and_named(caplog):
+    behind = EdgeAnswer(edge_id=0, model_version=2, report=None, answered=(), forward_passes=0, bytes_down=0, bytes_up=0)
+    _, replicas = history(3)
+    tiers = RemoteEdges({0: [0]}, lambda orders: Received(data=dict.fromkeys(orders, encode(behind)), spent={}))
+    assert tiers.ask(plan(replicas[3]), replicas[3]).result().reports == ()
+    assert "edge 0 is lost: version 2 found, 3 expected" in caplog.text
