@@ -139,7 +139,7 @@ def build(decoder: Decoder, directory: Path) -> None:
 
 def assembly_of(decoder: Decoder, row: Row, directory: Path) -> Assembly:
     """Builds the run whose only device is looked at."""
-    config = cooperllm.recipe("tiny")
+    config = cooperllm.recipe("tiny").config
     model = ModelConfig(
         name=str(directory / "model"),
         objective=Objective.NEXT_TOKEN,
