@@ -66,11 +66,15 @@ class Row:
         arm: Method and its dials.
         adapter: What is trained.
         optimizer: The server's.
+        dtype: Of the frozen weights; the decoder's where it is None.
+        activation_mib: Memory that both points of a query may share in one pass; None takes one after the other.
     """
 
     arm: ArmConfig
     adapter: AdapterKind = AdapterKind.LORA
     optimizer: OptimizerKind = OptimizerKind.MOMENTUM
+    dtype: WeightType | None = None
+    activation_mib: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,8 @@ DECODERS = {
             "a query, every weight, signs": every(Distribution.RADEMACHER),
             "a query, every weight, normal numbers": every(Distribution.NORMAL),
             "a query, LoRA r 8": Row(arm=ZEROTH),
+            "a query, LoRA r 8, both points in one pass": Row(arm=ZEROTH, activation_mib=1000.0),
+            "a query, LoRA r 8, frozen weights in bfloat16": Row(arm=ZEROTH, dtype=WeightType.BFLOAT16),
             "feedback, LoRA r 8": Row(arm=ArmConfig(), optimizer=OptimizerKind.ADAM),
         },
     ),
@@ -148,7 +154,7 @@ def assembly_of(decoder: Decoder, row: Row, directory: Path) -> Assembly:
         target_modules=("q_proj", "v_proj"),
         last_layers=None,
         adapter=row.adapter,
-        dtype=decoder.dtype,
+        dtype=row.dtype or decoder.dtype,
     )
     source = SourceConfig(name=str(directory / "texts.jsonl"), label_column=None)
     config = replace(
@@ -158,6 +164,7 @@ def assembly_of(decoder: Decoder, row: Row, directory: Path) -> Assembly:
         federation=replace(config.federation, num_devices=1, num_edges=1, devices_per_round=1, batch_size=BATCH, partition=Partition.IID),
         optimizer=OptimizerConfig(kind=row.optimizer),
         arm=row.arm,
+        activation_mib=row.activation_mib,
     )
     return Assembly(config, RunDirectory(directory / "never-written"), Material(config))
 

@@ -39,8 +39,8 @@ from cooperllm.run_directory import RunDirectory
 DATA, INITIAL = 1 << 32, 2 << 32
 """Children of the run's seed; rounds are its first 2³² children."""
 
-ROUNDING_TEXTS, ROUNDING_DIRECTIONS, ROUNDING_DISTANCE = 16, 4, 0.02
-"""Where rounded weights show what they do to losses: texts, directions, and how far from θ_0, where LoRA has no slope along half of θ."""
+ROUNDING_DIRECTIONS, ROUNDING_DISTANCE = 4, 0.02
+"""Where rounded weights show what they do to losses: directions, and how far from θ_0, where LoRA has no slope along half of θ."""
 
 VARIANTS = {
     RuntimeName.ONNX: Variant.FP32,
@@ -212,7 +212,7 @@ class Assembly:
 
     @cached_property
     def _measured_rounding(self) -> Rounding:
-        count, directions = min(ROUNDING_TEXTS, len(self.material.private)), ROUNDING_DIRECTIONS
+        count, directions = min(self.config.federation.batch_size, len(self.material.private)), ROUNDING_DIRECTIONS
         device = TorchForward(self.material.model, self.material.private, range(count), self.config.activation_mib)
         first, *others = (
             noise.gaussian(self.config.seed, index, len(self.start.theta), stream=noise.Stream.CHOICE) for index in range(1 + directions)
