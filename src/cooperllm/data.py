@@ -30,6 +30,9 @@ PARTS = ("train", "validation", "test")
 LABEL_NOISE = (1 << 61) + 4
 """Noise index that chooses which public labels are replaced; the next one draws what by."""
 
+STREAM_BUFFER = 10_000
+"""Examples of a stream among which the next one is drawn."""
+
 GENERATED_SIZES = {"train": 2400, "validation": 400, "test": 800}
 READERS = {
     ".jsonl": pyarrow.json.read_json,
@@ -207,7 +210,7 @@ def _read(source: SourceConfig, side: str, group_column: str | None, seed: int) 
     elif path.suffix in READERS:
         parts = {"train": _read_file(path, side)}
     else:
-        parts = _read_hub(source, side)
+        parts = _read_hub(source, side, seed)
     _require_columns(source, side, parts, group_column)
     return _split(parts, seed) if side == "private" else parts
 
@@ -223,9 +226,9 @@ def _read_file(path: Path, side: str) -> Any:
         raise ConfigError(f"{side} data: {path} could not be read as {path.suffix[1:]}: {error}") from error
 
 
-def _read_hub(source: SourceConfig, side: str) -> dict[str, Any]:
+def _read_hub(source: SourceConfig, side: str, seed: int) -> dict[str, Any]:
     try:
-        loaded: Any = datasets.load_dataset(source.name)
+        loaded: Any = datasets.load_dataset(source.name, streaming=source.streams)
     except (OSError, ValueError, DatasetsError) as error:
         raise ConfigError(
             f"{side} data: {source.name!r} is not a file, not a directory, and could not be loaded from the hub "
@@ -233,11 +236,18 @@ def _read_hub(source: SourceConfig, side: str) -> dict[str, Any]:
         ) from error
     if "train" not in loaded:
         raise ConfigError(f"{side} data: {source.name!r} has parts {sorted(loaded)}, expected one named 'train'")
-    parts: dict[str, Any] = {part: loaded[part].data.table for part in PARTS if part in loaded}
-    feature = loaded["train"].features.get(source.label_column)
+    parts: dict[str, Any] = {part: _table(loaded[part], source, seed) for part in PARTS if part in loaded}
+    feature = (loaded["train"].features or {}).get(source.label_column)
     if isinstance(feature, datasets.ClassLabel):
         parts["label_names"] = feature.names
     return parts
+
+
+def _table(part: Any, source: SourceConfig, seed: int) -> Any:
+    """A part of a data set on the hub: all of it, or what is read of a stream whose next examples change places."""
+    if not source.streams:
+        return part.data.table
+    return pa.Table.from_pylist(list(part.shuffle(seed=seed, buffer_size=STREAM_BUFFER).take(source.max_examples)))
 
 
 def _generated(source: SourceConfig, side: str, seed: int) -> dict[str, Any]:

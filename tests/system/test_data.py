@@ -1,7 +1,9 @@
 """Sources, labels and partitions; every mistake in them gets a sentence."""
 
 import json
+from dataclasses import replace
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -188,3 +190,41 @@ def test_an_unreachable_hub_name_is_refused_with_the_alternatives():
 def test_an_unknown_generated_domain_is_refused():
     with pytest.raises(ConfigError, match="opera"):
         load(SourceConfig(domains=("opera",)))
+
+
+@pytest.fixture
+def far_away(tmp_path, monkeypatch):
+    """A data set that is read as those of the hub are, from a file; a stream of it is a real one."""
+    rows = [{"text": f"text {number}", "label": number % 2} for number in range(500)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda _name, streaming: own("json", data_files=str(tmp_path / "rows.jsonl"), streaming=streaming)
+    )
+    return SourceConfig(name="somebody/reviews", streams=True, max_examples=40)
+
+
+def streamed(source, seed):
+    task = data.load(DataConfig(public=source, private=source), FederationConfig(num_devices=2, devices_per_round=2, num_edges=1), seed)
+    return task, {*task.private.texts, *task.validation.texts, *task.test.texts}
+
+
+def test_of_a_streamed_data_set_so_many_examples_are_read_and_the_seed_says_which(far_away):
+    task, found = streamed(far_away, 1)
+    assert len(found) == 40
+    assert len(task.public) == 40
+    assert (len(task.validation), len(task.test)) == (4, 3)
+    assert streamed(far_away, 1)[1] == found
+    assert streamed(far_away, 2)[1] != found
+    assert not found <= {f"text {number}" for number in range(60)}, "not the first ones"
+
+
+def test_without_a_stream_all_of_a_data_set_is_chosen_from(far_away):
+    task, found = streamed(replace(far_away, streams=False), 1)
+    assert len(task.private) == 40
+    assert len(found) == 40 + 50 + 45, "a tenth for each part that is missing"
+
+
+def test_a_stream_without_an_end_is_refused():
+    with pytest.raises(ConfigError, match="max_examples: found None, expected a number where a data set is streamed"):
+        SourceConfig(name="somebody/reviews", streams=True)

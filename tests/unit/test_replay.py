@@ -331,11 +331,13 @@ def long_update(replica, distribution=Distribution.NORMAL, **changes):
 def test_a_step_made_where_theta_lies_has_the_bits_of_a_step_beside_it(distribution):
     beside = replay.start(noise.gaussian(1, 0, LONG), SGD)
     update, after = replay.seal(beside, travelled(long_update(beside, distribution)), SGD)
+    assert np.array_equal(beside.theta, noise.gaussian(1, 0, LONG)), "the step beside it has moved nothing"
+    whole = replay.direction(beside, update, np.zeros((0, LONG), np.float32))
+    assert after.state_hash == replay.step(beside, whole, update.learning_rate, SGD).state_hash
     own = replay.start(noise.gaussian(1, 0, LONG), SGD)
     moved = replay.apply(own, update, SGD, in_place=True)
     assert moved.theta is own.theta
     assert moved.state_hash == after.state_hash
-    assert np.array_equal(beside.theta, noise.gaussian(1, 0, LONG)), "the step beside it has moved nothing"
 
 
 def test_sgd_steps_along_the_direction_and_nothing_else():

@@ -355,8 +355,8 @@ def _applied(replica: Replica, update: Update, optimizer: OptimizerConfig, *, in
         return replace(replica, model_version=replica.model_version + 1)
     if update.kind is StepKind.ROLLBACK:
         return _rolled_back(replica, update)
-    if in_place and optimizer.kind is OptimizerKind.SGD and update.guide is None and update.dense is None:
-        return _stepped_in_place(replica, update)
+    if optimizer.kind is OptimizerKind.SGD and update.guide is None and update.dense is None:
+        return _stepped_in_place(replica if in_place else replace(replica, theta=replica.theta.copy()), update)
     along = direction(replica, update, span(replica, update.guide))
     if update.kind is StepKind.RESTART:
         replica = replace(replica, moments=tuple(np.zeros_like(moment) for moment in replica.moments))

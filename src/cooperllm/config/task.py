@@ -123,6 +123,8 @@ class SourceConfig:
         label_noise: Share of training labels replaced by labels drawn evenly, in [0, 1], to study what bad labels do.
         keep_labels: Labels kept in the training part, by name or number; empty keeps all.
         max_examples: At most this many training examples, chosen by the seed; None keeps all.
+        streams: For a data set on the hub: whether so many examples of each part are read from a shuffled stream, and nothing more of it
+            is fetched; parts that are missing are carved from them.
     """
 
     name: str = "generated"
@@ -134,6 +136,7 @@ class SourceConfig:
     label_noise: float = 0.0
     keep_labels: tuple[str, ...] = ()
     max_examples: int | None = None
+    streams: bool = False
 
     def __post_init__(self) -> None:
         check(bool(self.name), "data source name", self.name, "'generated', a path or a data set")
@@ -141,6 +144,9 @@ class SourceConfig:
         needs_labels = self.label_column is None and bool(self.keep_labels or self.label_noise)
         check(not needs_labels, "label_column", None, "a column name where labels are chosen or replaced")
         check(self.max_examples is None or self.max_examples >= 1, "max_examples", self.max_examples, ">= 1, or none")
+        check(
+            not self.streams or self.max_examples is not None, "max_examples", None, "a number where a data set is streamed: it has no end"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
