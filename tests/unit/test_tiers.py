@@ -14,7 +14,7 @@ from stand_ins import Bowl
 from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.guidance import digest
 from cooperllm.algorithm.tail import UNKNOWN, Tail
-from cooperllm.config import OptimizerConfig
+from cooperllm.config import OptimizerConfig, OptimizerKind
 from cooperllm.device.host import Host
 from cooperllm.edge import Edge, Schedule
 from cooperllm.errors import DecodeError, ProtocolError, ReplayMismatchError
@@ -406,3 +406,28 @@ def test_an_edge_that_stays_behind_is_lost_and_named(caplog):
     tiers = RemoteEdges({0: [0]}, lambda orders: Received(data=dict.fromkeys(orders, encode(behind)), spent={}))
     assert tiers.ask(plan(replicas[3]), replicas[3]).result().reports == ()
     assert "edge 0 is lost: version 2 found, 3 expected" in caplog.text
+
+
+def test_a_theta_that_was_moved_in_place_by_a_wrong_step_is_given_up():
+    """It is not the state of any version, whatever its number says; the next order finds a device at its beginning."""
+    sgd = OptimizerConfig(kind=OptimizerKind.SGD)
+
+    def start():
+        return replay.start(np.linspace(-1, 1, SIZE, dtype=np.float32), sgd)
+
+    term = RandomTerm(group=0, coefficients=np.ones(1, np.float32))
+    right, after = replay.seal(start(), sample_messages.update(0, random_terms=(term,)), sgd)
+    wrong = replace(right, random_terms=(replace(term, coefficients=np.full(1, 2, np.float32)),))
+    device = Host({0: Bowl()}, start, sgd, tuple[()], in_place=True)
+
+    def order(replica, *updates):
+        return encode(Order(device_id=0, group=0, plan=plan(replica), updates=updates, snapshot=None))
+
+    device.answer(order(start()))
+    with pytest.raises(ReplayMismatchError):
+        device.answer(order(after, wrong))
+    found = [decode(device.answer(order(after, right)), DeviceReport) for _ in range(2)]
+    assert [one.outcome for one in found] == [Outcome.OK] * 2
+    fresh = Host({0: Bowl()}, start, sgd, tuple[()])
+    assert found[0].random_slopes.tobytes() == decode(fresh.answer(order(after, right)), DeviceReport).random_slopes.tobytes()
+    assert decode(device.answer(order(start())), DeviceReport).outcome is Outcome.OK, "a cloud that begins anew finds version 0"

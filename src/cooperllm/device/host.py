@@ -8,7 +8,7 @@ from cooperllm.algorithm.replay import Replica
 from cooperllm.config import OptimizerConfig, SlopeMethod
 from cooperllm.device.probe import behind, catch_up, run_device
 from cooperllm.device.runtime import Runtime, Trainer
-from cooperllm.errors import ProtocolError
+from cooperllm.errors import CooperLLMError, ProtocolError
 from cooperllm.link.codec import decode, encode
 from cooperllm.messages import Maps, Order, Update
 
@@ -59,18 +59,10 @@ class Host:
         order = decode(data, Order)
         if self._replica.model_version > order.plan.model_version:  # a cloud that was killed has begun an earlier round again
             self._replica = self._start()
-        known = order.plan.model_version - len(order.updates)
-        if order.snapshot is None and self._replica.model_version < known:
-            for update in self._history()[self._replica.model_version : known]:
-                self._replica = replay.apply(self._replica, update, self._optimizer, in_place=self._in_place)
         if order.device_id not in self._runtimes:
             raise ProtocolError(f"order: device {order.device_id} addressed, {sorted(self._runtimes)} found here")
-        version = order.plan.model_version
-        before = self._replica.model_version
-        reached = replay.catch_up(self._replica, order.updates, order.snapshot, version, self._optimizer, in_place=self._in_place)
-        if self._in_place:
-            self._replica = reached  # what was there before is no more
-        if reached.model_version < version:  # the edge thinks of a device that has lost its disk since
+        before, reached = self._replica.model_version, self._moved(order)
+        if reached.model_version < order.plan.model_version:  # the edge thinks of a device that has lost its disk since
             return encode(behind(order, reached.model_version))
         reached = catch_up(reached, order, self._optimizer)
         if reached.model_version != before:
@@ -85,3 +77,20 @@ class Host:
         trainer = runtime if isinstance(runtime, Trainer) else None  # one without PyTorch cannot back-propagate
         point = replay.lookahead(self._replica, order.plan.lookahead_rate, self._optimizer)
         return encode(run_device(order, point, runtime, trainer, self._decoded, self._slope_method))
+
+    def _moved(self, order: Order) -> Replica:
+        """Goes towards the order's version; one that is moved in place and comes to other bits than the cloud's is no state any more."""
+        version, in_place = order.plan.model_version, self._in_place
+        known = version - len(order.updates)
+        is_known = order.snapshot is None and self._replica.model_version < known
+        own = self._history()[self._replica.model_version : known] if is_known else ()
+        try:
+            found = replay.catch_up(self._replica, own, None, known, self._optimizer, in_place=in_place)
+            found = replay.catch_up(found, order.updates, order.snapshot, version, self._optimizer, in_place=in_place)
+        except CooperLLMError:
+            if in_place:
+                self._replica = self._start()
+            raise
+        if in_place:
+            self._replica = found  # what was there before is no more
+        return found
