@@ -336,16 +336,15 @@ def test_weights_of_two_bytes_leave_what_is_trained_and_scores_in_float32(config
     assert not torch.equal(found, scores(exact, moved(exact)))
 
 
-@LOW
-def test_a_run_on_weights_of_two_bytes_knows_their_rounding_and_is_replayed_bit_for_bit(dtype, tmp_path):
-    """bfloat16 asks for half-steps of about .001 here, which is the usual one along normal numbers; float16 for a tenth of that."""
+def test_a_run_on_weights_of_two_bytes_knows_their_rounding_and_is_replayed_bit_for_bit(tmp_path):
+    """bfloat16 asks for half-steps of about .001 here, which is the usual one along normal numbers."""
     config = cooperllm.recipe("demo").with_arm(ArmName.MEASURED)
-    config = replace(config, model=replace(config.model, dtype=dtype), num_rounds=2, engine=EngineName.LOOPBACK)
+    config = replace(config, model=replace(config.model, dtype=WeightType.BFLOAT16), num_rounds=2, engine=EngineName.LOOPBACK)
     config = replace(config, data=replace(config.data, num_test=40, num_validation=4))
     run = cooperllm.run(config, tmp_path / "run")
     assembly = assemble(RunDirectory(run.path))
     assert assembly._rounding() is assembly._rounding(), "measured once"
-    assert 1e-5 < least_half_step(assembly._rounding(), config.arm.signal_to_noise) < 1e-2
+    assert 1e-4 < least_half_step(assembly._rounding(), config.arm.signal_to_noise) < 1e-2
     replica = assembly.start
     for update in RunDirectory(run.path).updates():
         replica = replay.apply(replica, update, config.optimizer)
