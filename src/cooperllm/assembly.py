@@ -192,10 +192,11 @@ class Assembly:
 
     def devices(self) -> Host:
         """Builds every device of the run in this process."""
-        material, adjustment = self.material, self.config.federation.label_adjustment
+        material = self.material
         if self.config.runtime is RuntimeName.TORCH:
             runtimes: Sequence[Runtime] = [self.torch_device(number) for number in range(len(material.shards))]
         else:
+            adjustment = self.config.federation.label_adjustment
             runtimes = _runtimes_of_package(self.package_path, self.config.runtime, material, self.config.activation_mib, adjustment)
         # With SGD and every weight trained the devices' θ is one array that moves; it is theirs, since the cloud has one of its own.
         in_place = self.config.model.adapter is AdapterKind.FULL and self.config.optimizer.kind is OptimizerKind.SGD

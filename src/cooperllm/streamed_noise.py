@@ -11,8 +11,8 @@ References:
     Malladi et al., 2023, MeZO, arXiv:2305.17333, Algorithm 1: the same points, by moving θ there and back, which leaves rounding behind.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -38,8 +38,7 @@ VIEWS = frozenset({
 """Operations that may look at a weight where it lies; the noise is added where the view is used."""
 
 
-@contextmanager
-def perturbed(theta: Tensor, noise: Noise, scale: float) -> Generator[None]:
+def perturbed(theta: Tensor, noise: Noise, scale: float) -> AbstractContextManager[Any]:
     """Within it, PyTorch computes with θ + μ z wherever it is given views of θ.
 
     Args:
@@ -47,8 +46,8 @@ def perturbed(theta: Tensor, noise: Noise, scale: float) -> Generator[None]:
         noise: Names z.
         scale: μ, of either sign.
 
-    Yields:
-        Nothing.
+    Returns:
+        The context.
 
     Example:
         >>> theta = torch.zeros(6)
@@ -57,8 +56,7 @@ def perturbed(theta: Tensor, noise: Noise, scale: float) -> Generator[None]:
         >>> bool((found.T.flatten() == 2 * torch.from_numpy(Noise(7, 3).values(6))).all()), bool((theta == 0).all())
         (True, True)
     """
-    with _Perturbed(theta, noise, scale):
-        yield
+    return _Perturbed(theta, noise, scale)
 
 
 class _Perturbed(TorchFunctionMode):
@@ -81,7 +79,7 @@ class _Perturbed(TorchFunctionMode):
         if func is functional.embedding and not self._is_ours(args[0]):
             return self._embedding(*args, **given)
         name = getattr(func, "__name__", "")
-        if name in QUESTIONS | VIEWS:
+        if name in QUESTIONS or name in VIEWS:
             found = func(*args, **given)
             if (name in QUESTIONS and not isinstance(found, Tensor)) or (name in VIEWS and self._is_ours(found, everything=True)):
                 return found

@@ -222,8 +222,7 @@ def direction(replica: Replica, update: Update, columns: Float32[np.ndarray, "k 
         array([2., 0.], dtype=float32)
     """
     size = len(replica.theta)
-    if len(update.column_coefficients) != len(columns):
-        raise DecodeError(f"update: {len(update.column_coefficients)} column coefficients found, the span has {len(columns)}")
+    _check_columns(update, len(columns))
     total = np.zeros(size, np.float32)
     if len(columns):
         total += weighted_sum(update.column_coefficients, columns)
@@ -356,17 +355,21 @@ def _applied(replica: Replica, update: Update, optimizer: OptimizerConfig, *, in
     if update.kind is StepKind.ROLLBACK:
         return _rolled_back(replica, update)
     if optimizer.kind is OptimizerKind.SGD and update.guide is None and update.dense is None:
-        return _stepped_in_place(replica if in_place else replace(replica, theta=replica.theta.copy()), update)
+        return _stepped_in_blocks(replica if in_place else replace(replica, theta=replica.theta.copy()), update)
     along = direction(replica, update, span(replica, update.guide))
     if update.kind is StepKind.RESTART:
         replica = replace(replica, moments=tuple(np.zeros_like(moment) for moment in replica.moments))
     return step(replica, along, update.learning_rate, optimizer)
 
 
-def _stepped_in_place(replica: Replica, update: Update) -> Replica:
-    """Makes a step of SGD piece by piece: the bits of `step`, in memory that does not grow with θ."""
-    if len(update.column_coefficients):
-        raise DecodeError(f"update: {len(update.column_coefficients)} column coefficients found, none expected without a guide")
+def _check_columns(update: Update, count: int) -> None:
+    if len(update.column_coefficients) != count:
+        raise DecodeError(f"update: {len(update.column_coefficients)} column coefficients found, the span has {count}")
+
+
+def _stepped_in_blocks(replica: Replica, update: Update) -> Replica:
+    """Makes a step of SGD piece by piece where θ lies: the bits of `step`, in memory that does not grow with θ."""
+    _check_columns(update, 0)
     rate = np.float32(update.learning_rate)
     for start, parts in _random_parts(update, len(replica.theta)):
         block = sum(parts, start=np.zeros(min(BLOCK, len(replica.theta) - start), np.float32))

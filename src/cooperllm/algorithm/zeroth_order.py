@@ -15,7 +15,7 @@ References:
     Baydin et al., 2022, Gradients without backpropagation, arXiv:2202.08587.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -63,15 +63,12 @@ def slopes(
         >>> slopes(f, np.zeros(2, np.float32), [np.array([1.0, 0.0], np.float32)], 0.5)
         array([3.], dtype=float32)
     """
-    found: list[float] = []
+    losses: list[float] = []
     for group in _batched(directions, max(1, points_per_pass // 2)):
         points = np.stack([theta + sign * np.float32(scale) * z for z in group for sign in (np.float32(1), np.float32(-1))])
         passes = [points] if points_per_pass > 1 else [point[None] for point in points]
-        losses = np.concatenate([evaluate(rows) for rows in passes]).astype(np.float64)
-        with np.errstate(invalid="ignore"):  # inf - inf: the slope says so
-            found += list((losses[0::2] - losses[1::2]) / (2 * scale))
-    with np.errstate(over="ignore"):
-        return np.array(found, np.float64).astype(np.float32)
+        losses += [loss for rows in passes for loss in evaluate(rows).tolist()]
+    return _quotients(losses, scale)
 
 
 def slopes_along_noise(
@@ -95,9 +92,7 @@ def slopes_along_noise(
         (array([2.1881285], dtype=float32), 2)
     """
     losses = [evaluate(theta, z, sign * scale) for z in directions for sign in (1, -1)]
-    pairs = np.array(losses, np.float64).reshape(-1, 2)
-    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf: the slope says so
-        return ((pairs[:, 0] - pairs[:, 1]) / (2 * scale)).astype(np.float32), losses
+    return _quotients(losses, scale), losses
 
 
 def derivatives(
@@ -167,6 +162,13 @@ def weighted_sum(coefficients: Float32[np.ndarray, "P"], directions: Iterable[Fl
     for coefficient, direction in pairs:
         total += coefficient * direction
     return total
+
+
+def _quotients(losses: Sequence[float], scale: float) -> Float32[np.ndarray, "P"]:
+    """Eq. (1) of losses that come in pairs, + before -."""
+    pairs = np.array(losses, np.float64).reshape(-1, 2)
+    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf: the slope says so
+        return ((pairs[:, 0] - pairs[:, 1]) / (2 * scale)).astype(np.float32)
 
 
 def _batched(items: Iterable[Float32[np.ndarray, "n"]], size: int) -> Iterator[list[Float32[np.ndarray, "n"]]]:

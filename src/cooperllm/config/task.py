@@ -93,12 +93,11 @@ class ModelConfig:
         check(self.max_tokens >= 2, "model.max_tokens", self.max_tokens, ">= 2")
         is_whole = self.adapter is AdapterKind.FULL and self.dtype is not WeightType.FLOAT32
         check(not is_whole, "model.dtype", self.dtype.value, "float32 for the adapter full: every weight is trained")
-        is_next_token = self.objective is Objective.NEXT_TOKEN
-        if self.objective is Objective.LABEL_WORDS or is_next_token:
+        is_next_token, is_of_words = self.objective is Objective.NEXT_TOKEN, self.objective is Objective.LABEL_WORDS
+        if is_of_words or is_next_token:
             check("{text}" in self.prompt, "model.prompt", self.prompt, "a prompt that contains {text}")
         expected = f"false for the objective {self.objective.value}: chat templates are for next-token"
         check(is_next_token or not self.uses_chat_template, "model.uses_chat_template", self.uses_chat_template, expected)
-        is_of_words = self.objective is Objective.LABEL_WORDS
         expected = f"false for the objective {self.objective.value}: calibration is for label-words"
         check(is_of_words or not self.calibrates, "model.calibrates", self.calibrates, expected)
         if is_of_words:
