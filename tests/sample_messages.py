@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cooperllm.messages import DeviceReport, Outcome, Plan, Update
+from cooperllm.messages import DeviceReport, EdgeReport, Outcome, Plan, Update
 
 
 def plan(**changes):
@@ -60,5 +60,26 @@ def device_report(device_id, asked, **changes):
         agreement=nothing,
         energy=nothing,
         forward_passes=8,
+    )
+    return replace(silent, **changes)
+
+
+def edge_report(asked, **changes):
+    """The fold of two usable answers to a plan, without numbers."""
+    nothing = np.zeros(0, np.float32)
+    silent = EdgeReport(
+        edge_id=1,
+        round_index=asked.round_index,
+        num_devices=2,
+        num_examples=8,
+        dropped={},
+        loss=0.5,
+        column_slopes=nothing,
+        column_squares=nothing,
+        random_slopes=(),
+        estimate=None,
+        agreement=nothing,
+        energy=nothing,
+        forward_passes=4,
     )
     return replace(silent, **changes)

@@ -27,6 +27,7 @@ import cooperllm
 from cooperllm.config import RunConfig, RuntimeName
 from cooperllm.deployment.enrolment import Places
 from cooperllm.deployment.together import prepare
+from cooperllm.options import changed
 from cooperllm.run_directory import RunDirectory
 
 BRIDGE, PREFIX = "cplbr", "cpl"
@@ -213,9 +214,8 @@ def main() -> None:
     parser.add_argument("--runtime", type=RuntimeName, default=RuntimeName.ONNX)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--edges", type=int, default=2)
-    parser.add_argument("--layers", type=int, help="adapt this many of the last layers; the recipe's otherwise")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="any setting, as for `cooperllm run`")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0], help="rounds that devices may be behind: 0, 1 or both")
-    parser.add_argument("--bits", type=int, help="of estimates and of the step; the recipe's otherwise, 32 for float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--evaluate-every", type=int, help="rounds between evaluations, whose rounds are told apart; the last alone otherwise"
@@ -230,12 +230,8 @@ def main() -> None:
         return
     ip("netns", "del", f"{PREFIX}try", check=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # an exception, so that everything is taken away
-    config = cooperllm.recipe(arguments.recipe, arguments.data_directory).config
-    if arguments.layers is not None:
-        config = replace(config, model=replace(config.model, last_layers=arguments.layers))
+    config = changed(cooperllm.recipe(arguments.recipe, arguments.data_directory).config, {"settings": arguments.set})
     federation = replace(config.federation, num_devices=arguments.devices, num_edges=arguments.edges, devices_per_round=arguments.devices)
-    if arguments.bits is not None:
-        config = replace(config, arm=replace(config.arm, estimate_bits=arguments.bits, step_bits=arguments.bits))
     every = arguments.evaluate_every or arguments.rounds
     config = replace(config, federation=federation, num_rounds=arguments.rounds, evaluate_every=every, runtime=arguments.runtime)
     hosts = hosts_of(config)

@@ -279,12 +279,15 @@ def main() -> None:
     parser.add_argument("--decoder", choices=DECODERS, default="opt-125m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, help="Where the model is written; by default a directory that is removed again.")
+    parser.add_argument("--build", type=Path, metavar="DIRECTORY", help="Only write the model there, for other benchmarks.")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--round", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     decoder = DECODERS[arguments.decoder]
     torch.set_num_threads(1)
-    if arguments.row:
+    if arguments.build:
+        build(decoder, arguments.build)
+    elif arguments.row:
         work(decoder, arguments.row[0], Path(arguments.row[1]))
     elif arguments.round:
         name, directory = arguments.round

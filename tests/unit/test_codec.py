@@ -19,7 +19,6 @@ from cooperllm.messages import (
     DeviceReport,
     EdgeAnswer,
     EdgeOrder,
-    EdgeReport,
     Feedback,
     Grouping,
     Guide,
@@ -81,41 +80,17 @@ def update():
     return sample_messages.update(column_coefficients=np.ones(2, np.float32), random_terms=terms, dense=PACKED)
 
 
-def report():
+def edge_report():
     vector = np.arange(3, dtype=np.float32)
-    return EdgeReport(
-        edge_id=0,
-        round_index=0,
-        num_devices=2,
-        num_examples=8,
+    return sample_messages.edge_report(
+        plan(),
         dropped={Outcome.LOST: 1, Outcome.NON_FINITE_LOSS: 2},
-        loss=0.5,
         column_slopes=vector,
         column_squares=vector,
         random_slopes=(RandomSlopes(group=7, num_examples=8, slopes=vector),),
         estimate=PACKED,
         agreement=vector,
         energy=vector,
-        forward_passes=10,
-    )
-
-
-def edge_report():
-    numbers = np.arange(2, dtype=np.float32)
-    return EdgeReport(
-        edge_id=1,
-        round_index=0,
-        num_devices=2,
-        num_examples=8,
-        dropped={Outcome.LOST: 1},
-        loss=0.5,
-        column_slopes=numbers,
-        column_squares=numbers,
-        random_slopes=(RandomSlopes(group=3, num_examples=8, slopes=numbers),),
-        estimate=b"packed",
-        agreement=numbers,
-        energy=numbers,
-        forward_passes=9,
     )
 
 
@@ -130,7 +105,6 @@ STATE = Snapshot(model_version=4, theta=np.ones(3, np.float32), moments=(np.zero
 MESSAGES = [
     plan(),
     update(),
-    report(),
     Order(device_id=1, group=0, plan=plan(), updates=(update(), update()), snapshot=None),
     EdgeOrder(edge_id=1, plan=plan(), updates=(update(),), snapshot=STATE),
     edge_report(),
@@ -349,12 +323,12 @@ def test_nesting_of_any_depth_is_refused(depth, opener):
         (update(), {"learning_rate": "0.1"}),
         (update(), {"random_terms": [{"group": 1 << 33, "coefficients": ARRAY}]}),
         (update(), {"column_coefficients": None}),
-        (report(), {"dropped": {"no such outcome": 1}}),
-        (report(), {"dropped": {"lost": 0.5}}),
-        (report(), {"num_devices": None}),
-        (report(), {"estimate": {"scale": 1e31, "payload": b""}}),
-        (report(), {"agreement": None}),
-        (report(), {"energy": [0.0]}),
+        (edge_report(), {"dropped": {"no such outcome": 1}}),
+        (edge_report(), {"dropped": {"lost": 0.5}}),
+        (edge_report(), {"num_devices": None}),
+        (edge_report(), {"estimate": {"scale": 1e31, "payload": b""}}),
+        (edge_report(), {"agreement": None}),
+        (edge_report(), {"energy": [0.0]}),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
@@ -407,7 +381,7 @@ def test_a_request_for_feedback_that_makes_no_sense_is_refused_on_arrival(change
 def test_one_kind_of_message_is_not_another():
     refuses(encode(plan()), Update)
     refuses(encode(update()), Plan)
-    refuses(encode(report()), Snapshot)
+    refuses(encode(edge_report()), Snapshot)
 
 
 def test_a_message_beyond_the_largest_is_not_looked_at(monkeypatch):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sample_messages
 import torch
 from stand_ins import CLASSES, FEATURES, MEASURED, SIZE, NoLayers, Public, SoftmaxRegression, cloud_of, maker_of, public_of
 
@@ -18,7 +19,6 @@ from cooperllm.algorithm.guidance import digest, orthonormalise
 from cooperllm.cloud import GuideMaker
 from cooperllm.config import ArmConfig, ArmName
 from cooperllm.errors import DivergenceError
-from cooperllm.messages import EdgeReport
 
 UNIT = 2.0**-24
 
@@ -254,23 +254,8 @@ def test_a_warm_start_asks_no_device_until_it_hands_over_and_sends_no_guide_afte
 
 def answered(prepared):
     """Devices of which every one saw the slope 1 everywhere."""
-    plan, nothing = prepared.plan, np.zeros(0, np.float32)
-    ones = np.ones(plan.num_columns, np.float32)
-    return EdgeReport(
-        edge_id=0,
-        round_index=plan.round_index,
-        num_devices=5,
-        num_examples=80,
-        dropped={},
-        loss=0.5,
-        column_slopes=ones,
-        column_squares=ones,
-        random_slopes=(),
-        estimate=None,
-        agreement=nothing,
-        energy=nothing,
-        forward_passes=0,
-    )
+    ones = np.ones(prepared.plan.num_columns, np.float32)
+    return sample_messages.edge_report(prepared.plan, num_devices=5, num_examples=80, column_slopes=ones, column_squares=ones)
 
 
 def test_a_cloud_that_lacks_a_class_sends_no_directions_and_has_no_vote():

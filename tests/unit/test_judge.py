@@ -13,7 +13,7 @@ from stand_ins import MEASURED, cloud_of
 from cooperllm.algorithm.compression import pack_vector
 from cooperllm.cloud.judge import misfit
 from cooperllm.config import FederationConfig
-from cooperllm.messages import EdgeReport, Feedback, Grouping, Outcome, Probes, RandomSlopes
+from cooperllm.messages import Feedback, Grouping, Outcome, Probes, RandomSlopes
 
 SIZE = 6
 ONES, NAN = np.ones(2, np.float32), np.full(2, np.nan, np.float32)
@@ -24,20 +24,14 @@ PLAN = sample_messages.plan(
     probes=Probes(measures_columns=True, num_random=2, grouping=Grouping.EDGE, column_scale=1.0, random_scale=1.0),
     feedback=Feedback(maps_version=-1, blocks=((0, 2), (2, 4)), bits=8, slope_scale=1.0),
 )
-REPORT = EdgeReport(
-    edge_id=1,
-    round_index=3,
-    num_devices=2,
-    num_examples=8,
-    dropped={},
-    loss=0.5,
+REPORT = sample_messages.edge_report(
+    PLAN,
     column_slopes=ONES,
     column_squares=ONES,
     random_slopes=(RandomSlopes(group=1, num_examples=8, slopes=ONES),),
     estimate=pack_vector(np.ones(SIZE, np.float32), 8),
     agreement=ONES,
     energy=ONES,
-    forward_passes=4,
 )
 
 
