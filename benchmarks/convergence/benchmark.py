@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 import cooperllm
-from cooperllm.config import NO_TEXT, SUPPORTED_BITS, ArmName, EngineName, OptimizerKind, RunConfig, RuntimeName, SourceConfig
+from cooperllm.config import NO_TEXT, SUPPORTED_BITS, ArmName, EngineName, Objective, OptimizerKind, RunConfig, RuntimeName, SourceConfig
 from cooperllm.progress import Progress
 from cooperllm.report import arms_table, verdict
 
@@ -40,7 +40,9 @@ class Row:
         public: The cloud's text, if another than the recipe's: folder below the data directory, or "none".
         private: The devices' text, if another than the recipe's.
         source: Other fields of the public source.
+        texts: Other fields of both, where they are another than the recipe's.
         last_layers: How many of the last layers are adapted.
+        model: Other fields of the model.
         settings: Settings of the arms that are not the recipe's.
         runtime: What computes the devices' passes.
         staleness: Rounds that devices may be behind.
@@ -52,7 +54,9 @@ class Row:
     public: str | None = None
     private: str | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    texts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     last_layers: int | None = 2
+    model: Mapping[str, Any] = field(default_factory=dict[str, Any])
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     runtime: RuntimeName = RuntimeName.TORCH
     staleness: int = 0
@@ -65,13 +69,13 @@ class Row:
     def _changed(self, config: RunConfig, data_directory: str) -> RunConfig:
         public, private = config.data.public, config.data.private
         if self.public is not None:
-            public = SourceConfig(name=self.public if self.public == NO_TEXT else f"{data_directory}/{self.public}")
+            public = SourceConfig(name=self.public if self.public == NO_TEXT else f"{data_directory}/{self.public}", **self.texts)
         if self.private is not None:
-            private = SourceConfig(name=f"{data_directory}/{self.private}")
+            private = SourceConfig(name=f"{data_directory}/{self.private}", **self.texts)
         return replace(
             config,
             data=replace(config.data, public=replace(public, **self.source), private=private),
-            model=replace(config.model, last_layers=self.last_layers),
+            model=replace(config.model, last_layers=self.last_layers, **self.model),
             arm=replace(config.arm, **self.settings),
             runtime=self.runtime,
             federation=replace(config.federation, staleness=self.staleness),
@@ -83,6 +87,20 @@ class Row:
 
 
 UNLABELLED = {"label_column": None}
+SMALL_LLAMA = {"name": "runs/small-llama", "objective": Objective.LABEL_WORDS, "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}
+FILMS = Row(
+    "sentiment-shift", CORE, last_layers=None, model=SMALL_LLAMA | {"prompt": "{text} It was", "label_words": ("terrible", "great")}
+)
+ENTAILMENT = Row(
+    "sentiment-shift",
+    CORE,
+    public="rte",
+    private="rte",
+    source={"max_examples": 400},
+    texts={"second_text_column": "text2"},
+    last_layers=None,
+    model=SMALL_LLAMA | {"prompt": "{text} Is it true that {text2}? Answer:", "label_words": ("yes", "no"), "max_tokens": 128},
+)
 ROWS = {
     # The core table: every arm, a shift of domain and missing classes.
     "sentiment-shift": Row("sentiment-shift", CORE),
@@ -117,6 +135,11 @@ ROWS = {
     # The depth table: all six layers.
     "six-layers": Row("sentiment-shift", (A.FEEDBACK, A.FEDAVG_BP), BROAD, last_layers=None),
     "six-layers-baseline": Row("sentiment-shift", (A.MEZO_FL,), LONG, last_layers=None),
+    # Label words of a causal model that `pretrain.py` builds.
+    "sst2-label-words": FILMS,
+    "rte-label-words": ENTAILMENT,
+    "sst2-label-words-baseline": replace(FILMS, arms=(A.MEZO_FL,), rounds=LONG),
+    "rte-label-words-baseline": replace(ENTAILMENT, arms=(A.MEZO_FL,), rounds=LONG),
     # What the link and a device's rounding cost.
     **{
         f"{recipe}-{bits}-bit": Row(recipe, LABEL_FREE, BROAD, settings={"estimate_bits": bits})
