@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -96,6 +97,21 @@ def started(kind, folder, log_format=LogFormat.TEXT, program=("-m", "cooperllm")
     command = [sys.executable, *program, kind, str(folder / f"{kind}.toml"), "--log-format", log_format]
     with (folder / f"{kind}.log").open("ab") as said:
         return subprocess.Popen(command, stdout=said, stderr=said)
+
+
+@contextlib.contextmanager
+def on_a_supernode(line, log, home):
+    """A device on Flower's official SuperNode, with whatever that has started; killed at the end."""
+    environment = os.environ | {"FLWR_HOME": str(home), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    with log.open("ab") as said:
+        process = subprocess.Popen(["sh", "-c", f"{line} --port {port}"], stdout=said, stderr=said, env=environment, start_new_session=True)
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextlib.contextmanager

@@ -324,6 +324,7 @@ def package_command(
 
 
 app.command("enroll")(deployment_commands.enroll_command)
+app.command("admit-supernodes")(deployment_commands.admit_supernodes_command)
 app.command("up")(deployment_commands.up_command)
 app.command("cloud")(deployment_commands.cloud_command)
 app.command("edge")(deployment_commands.edge_command)

@@ -119,6 +119,16 @@ def enroll_command(
         console.print(f"cooperllm {start} {directory / kind / start}.toml", highlight=False, soft_wrap=True)
 
 
+def admit_supernodes_command(
+    directory: Annotated[Path, typer.Argument(help="A deployment, as `cooperllm enroll` has written it.")],
+) -> None:
+    """Let a deployment's devices run on Flower's official SuperNode, and say how: its edges then ask devices for no certificate."""
+    from cooperllm.deployment.enrolment import admit_supernodes  # noqa: PLC0415 -- of the extra `cloud`
+
+    for line in admit_supernodes(directory):
+        typer.echo(line)
+
+
 def up_command(
     recipe: RecipeName = "demo",
     arm: ArmOption = ArmName.FEEDBACK,

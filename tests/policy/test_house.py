@@ -101,7 +101,7 @@ def test_functions_are_short():
 
 def test_only_one_file_knows_each_engine():
     owners = {
-        "flwr": {f"link/{name}.py" for name in ("flower", "envelope", "fleet_server", "fleet_node")},
+        "flwr": {f"link/{name}.py" for name in ("flower", "envelope", "fleet_server", "fleet_node", "supernode")},
         "transformers": {"pretrained.py"},
         "peft": {"pretrained.py"},
         "datasets": {"data.py"},

@@ -22,6 +22,7 @@ from deployments import (
     ended,
     hashes,
     killed_at_the_end,
+    on_a_supernode,
     prepared_in,
     rounds_done,
     simulated_in,
@@ -49,8 +50,15 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def simulated(prepared, tmp_path_factory):
-    return simulated_in(tmp_path_factory.mktemp("simulated") / "run", prepared, ROUNDS)
+def simulated_run(prepared, tmp_path_factory):
+    path = tmp_path_factory.mktemp("simulated") / "run"
+    simulated_in(path, prepared, ROUNDS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def simulated(simulated_run):
+    return hashes(simulated_run)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,30 @@ def test_only_the_edge_with_a_device_of_the_round_is_asked_and_the_other_catches
     asked = [[edge["own"]["node"] for edge in row["edges"]] for row in run.times()]
     assert asked == [[device % 2 for device in row["answered"]] for row in alone.rounds()]
     assert {edge for edges in asked for edge in edges} == {0, 1}
+
+
+def test_a_device_on_flowers_official_supernode_gives_the_same_bits(deployment, simulated_run, tmp_path):
+    """Its process begins anew with every order, and goes on from what it has kept on its disk: it is sent no more than in one process."""
+    line = commanded_here("admit-supernodes", deployment).splitlines()[0].replace("/device-0 ", "/official ")
+    official = (deployment / "device-0").rename(deployment / "official")
+    for idle in (2, 3):  # nobody asks them in the first three rounds
+        (deployment / f"device-{idle}").rename(deployment / f"idle-{idle}")
+    with edges_and_devices(deployment), on_a_supernode(line, official / "device.log", tmp_path / "flower"), cloud_of(deployment):
+        wait_for(lambda: rounds_done(deployment) >= 3, words(deployment))
+    run = RunDirectory(deployment / "cloud" / "run")
+    found, alone = run.rounds()[:3], RunDirectory(simulated_run).rounds()[:3]
+    assert [row["answered"] for row in found] == [[0, 1, 5], [0, 1, 5], [0, 4, 5]], words(deployment)
+    for figure in ("theta_hash", "answered", "bytes_down"):
+        assert [row[figure] for row in found] == [row[figure] for row in alone]
+    worked_s = {device["node"]: device["worked_s"] for edge in run.times()[2]["edges"] for device in edge["devices"]}
+    assert worked_s[0] > 0.3, "the start of its process is in it: a second of imports"
+
+
+def commanded_here(*given):
+    """In this process, since a new interpreter takes as long as some rounds."""
+    done = CliRunner().invoke(app, [*map(str, given)])
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def secrets_of(deployment):
@@ -148,9 +180,7 @@ def test_stop_ends_every_process_and_the_run_goes_on_when_they_are_started_again
         assert "found a process that runs with these settings" in twice.stderr
         with cloud_of(deployment) as cloud:
             wait_for(lambda: rounds_done(deployment) >= 2, words(deployment))
-            done = CliRunner().invoke(app, ["stop", str(deployment)])  # here, since a new interpreter takes as long as some rounds
-            assert done.exit_code == 0, done.output
-            assert done.output.count("ended: ") == 1 + 2 + 6
+            assert commanded_here("stop", deployment).count("ended: ") == 1 + 2 + 6
             assert cloud.wait(10) == 130
         assert [process.wait(10) for process in processes] == [0] * 8
     assert not list(deployment.glob("*/*.pid"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from cooperllm.algorithm import replay
 from cooperllm.completion import Encoded
-from cooperllm.deployment.settings import DeviceSettings, read_job
+from cooperllm.deployment.settings import DeviceSettings, Job, read_job
 from cooperllm.deployment.state_file import StateFile
 from cooperllm.device import Host
 from cooperllm.device.governor import govern
@@ -36,6 +36,25 @@ def run_device_process(settings: DeviceSettings, stop: threading.Event) -> None:
         LinkError: If the edge does not let this device in.
     """
     job = read_job(settings.job)
+    host = opened(settings, job)
+    edge = Server(address=settings.edge, key=settings.key, authority=settings.authority, certificate=settings.node_certificate)
+    serve(edge, host.answer, stop, 1 + job.config.federation.staleness)
+
+
+def opened(settings: DeviceSettings, job: Job) -> Host:
+    """Opens a device's package, its texts and what it has kept of the run.
+
+    Args:
+        settings: Of this device.
+        job: Of the run.
+
+    Returns:
+        What answers orders.
+
+    Raises:
+        ConfigError: If a file does not fit the run.
+        PackageError: If the package cannot be used.
+    """
     package = _package(settings, job.config.federation.batch_size)
     if package.manifest.num_parameters != job.num_parameters:
         raise ConfigError(
@@ -58,8 +77,7 @@ def run_device_process(settings: DeviceSettings, stop: threading.Event) -> None:
         package.manifest.max_tokens,
         (latest or start).model_version,
     )
-    edge = Server(address=settings.edge, key=settings.key, authority=settings.authority, certificate=settings.node_certificate)
-    serve(edge, host.answer, stop, 1 + job.config.federation.staleness)
+    return host
 
 
 def read_texts(file: Path, package: Package) -> Encoded:

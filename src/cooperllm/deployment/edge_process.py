@@ -9,6 +9,7 @@ from cooperllm.edge import Edge, Schedule
 from cooperllm.link.fleet_link import fleet_links
 from cooperllm.link.fleet_node import Server, serve
 from cooperllm.link.fleet_server import Address, FleetServer
+from cooperllm.link.supernode import signed_pointer
 from cooperllm.link.tls import Certificate
 from cooperllm.tiers import EdgeHost
 
@@ -50,9 +51,12 @@ def open_server(keys: dict[int, bytes], settings: CloudSettings | EdgeSettings) 
         The server, a context.
 
     Raises:
+        ConfigError: If there is no signature where one is named.
         LinkError: If the port is taken or a file is missing.
     """
     host, port = host_and_port(settings.listen, "listen")
     chain, key = settings.certificate, settings.certificate_key
     certificate = None if chain is None or key is None else Certificate(chain=chain, key=key, node_authority=settings.node_authority)
-    return FleetServer(keys, Address(host=host, port=port), certificate)
+    signature = settings.supernode if isinstance(settings, EdgeSettings) else None
+    fab = None if signature is None else signed_pointer(signature)
+    return FleetServer(keys, Address(host=host, port=port), certificate, fab)

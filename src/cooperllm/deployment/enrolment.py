@@ -13,6 +13,8 @@ delete that file and start the server again.
 import datetime
 import ipaddress
 import os
+import shlex
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +25,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cooperllm.deployment.settings import Job, host_and_port
+from cooperllm.deployment.settings import DeviceSettings, EdgeSettings, Job, host_and_port, read_settings
 from cooperllm.edge import devices_of
 from cooperllm.errors import ConfigError
+from cooperllm.link.fleet_node import read_private_key
+from cooperllm.link.supernode import sign
 
 VALID_DAYS = 825
+QUIETLY = ("env", "FLWR_TELEMETRY_ENABLED=0", "FLWR_DISABLE_UPDATE_CHECK=1")
+"""A SuperNode tells its makers that it was started, and asks them for a newer one, unless it is told not to."""
+
 CURVE = ec.SECP384R1
 
 
@@ -78,6 +85,53 @@ def enroll(directory: Path, job: Job, places: Places) -> None:
             _write(device / "authority.pem", authority.certificate_pem)
             _write(device / "job.json", msgspec.json.encode(job))
             _write(device / "device.toml", DEVICE.format(number=device_id, edge=place).encode())
+
+
+def admit_supernodes(directory: Path) -> list[str]:
+    """Lets the devices of a deployment run on Flower's official SuperNode, and its edges ask for no certificates.
+
+    Args:
+        directory: Of all processes, as `enroll` has written it.
+
+    Returns:
+        For each device the line for a shell that starts it so.
+
+    Raises:
+        ConfigError: If there is no edge or no device, one is in plain text, or this was done before.
+    """
+    edges = {file: read_settings(file, EdgeSettings) for file in sorted(directory.resolve().glob("edge-*/edge.toml"))}
+    devices = {file: read_settings(file, DeviceSettings) for file in sorted(directory.resolve().glob("device-*/device.toml"))}
+    if not edges or not devices:
+        raise ConfigError(f"{directory}: found {len(edges)} edges and {len(devices)} devices, expected what `cooperllm enroll` has written")
+    for file, settings in (edges | devices).items():
+        if settings.insecure:
+            raise ConfigError(f"{file}: found insecure = true, expected TLS: a SuperNode signs nothing in plain text")
+        if isinstance(settings, EdgeSettings) and settings.supernode is not None:
+            raise ConfigError(
+                f"{file}: found supernode, expected none: to sign anew take the line out, and give devices their new supernode.yaml"
+            )
+    signature, trusted = sign(int(time.time()))
+    for file in edges:
+        kept = [line for line in file.read_text(encoding="utf8").splitlines() if not line.startswith("node_authority")]
+        _write(file.with_name("supernode.json"), signature)
+        _write(file, "\n".join([*kept, SUPERNODE]).encode())
+    for file, settings in devices.items():
+        key = _private_pem(read_private_key(settings.key), serialization.PrivateFormat.OpenSSH)
+        _write(file.with_name("supernode.key"), key, is_secret=True)
+        _write(file.with_name("supernode.yaml"), trusted)
+    return [f"cd {shlex.quote(str(file.parent))} && {_supernode_command(file, settings)}" for file, settings in devices.items()]
+
+
+def _supernode_command(file: Path, settings: DeviceSettings) -> str:
+    """A line that is good wherever the device's directory is copied to, there."""
+    given = {
+        "superlink": settings.edge,
+        "root-certificates": os.path.relpath(settings.authority or "", file.parent),
+        "auth-supernode-private-key": "supernode.key",
+        "trusted-entities": "supernode.yaml",
+        "node-config": f'settings="{file.name}"',
+    }
+    return shlex.join([*QUIETLY, "flower-supernode", *(word for name, value in given.items() for word in (f"--{name}", value))])
 
 
 def read_public_keys(directory: Path) -> dict[int, bytes]:
@@ -160,8 +214,8 @@ def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePub
     )
 
 
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+def _private_pem(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
 def _public_pem(key: PublicKeyTypes) -> bytes:
@@ -198,6 +252,10 @@ certificate = "server.pem"        # what the edge shows its devices
 certificate_key = "server.key"
 node_authority = "authority.pem"  # whose signature a device's certificate must carry; leave it out to let devices in by their keys alone
 # round_timeout_s = 600           # a device that has not answered by then is lost to the round; less than the cloud's
+"""
+
+SUPERNODE = """\
+supernode = "supernode.json"      # devices may run on Flower's official SuperNode, which shows no certificate: there is no node_authority
 """
 
 DEVICE = """# Device {number}. Start it with: cooperllm device device.toml

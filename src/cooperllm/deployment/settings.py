@@ -55,6 +55,7 @@ class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         certificate: What the edge shows its devices; None only in plain text.
         certificate_key: Its private key.
         node_authority: Certificate that every device's own is signed by; None asks devices for no certificate.
+        supernode: The signature of what devices on Flower's official SuperNode are told to start; None lets none of them work.
         insecure: Plain text, on this machine alone.
         round_timeout_s: Seconds after which a device that has not answered is lost to the round; less than the cloud's.
     """
@@ -70,6 +71,7 @@ class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     certificate: Path | None = None
     certificate_key: Path | None = None
     node_authority: Path | None = None
+    supernode: Path | None = None
     insecure: bool = False
     round_timeout_s: Positive = 600.0
 
@@ -207,6 +209,11 @@ def _check_security(file: Path, settings: CloudSettings | EdgeSettings | DeviceS
     given = {name for name in (*wanted, "node_authority", "node_certificate") if getattr(settings, name, None) is not None}
     if settings.insecure and given:
         raise ConfigError(f"{file}: found insecure = true beside {', '.join(sorted(given))}, expected one of both")
+    if getattr(settings, "supernode", None) is not None and (settings.insecure or "node_authority" in given):
+        raise ConfigError(
+            f"{file}: found supernode beside {'insecure' if settings.insecure else 'node_authority'}, expected one of both: Flower's "
+            "official SuperNode signs nothing in plain text and shows no certificate"
+        )
     for name, host in hosts.items():
         if settings.insecure and not is_loopback(host):
             raise ConfigError(f"{file}: found insecure = true and {name} = {addresses[name]!r}, expected 127.0.0.1: plain text stays here")

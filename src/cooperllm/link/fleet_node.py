@@ -6,7 +6,7 @@ Flower's own SuperNode starts a process for every message, which would load the 
 no code comes over the link. Its question for work is kept open by `fleet_server` until there is some, and it comes back by itself after a
 server or a network was away. A short message is one request each way, over one connection; the parts of a long one travel side by side.
 
-With `fleet_server` one of the two files that touch what Flower does not promise to keep (pinned: 1.41). Its requests are used and its
+With `fleet_server` and `supernode` what touches what Flower does not promise to keep (pinned: 1.41). Its requests are used and its
 connection is not: that one ends the process five seconds after it was refused (`flwr_exit`), interrupts it where a key is no longer
 known, and signs with a clock that may be wrong.
 """

@@ -7,7 +7,7 @@ whoever reaches them starts runs; here they do not exist. The grid works on the 
 or token stands between a round and its messages. What lasts is the run's log: a server that comes back has an empty state, and its nodes
 come back to it.
 
-With `fleet_node` one of the two files that touch what Flower does not promise to keep (pinned: 1.41). Met on the way:
+With `fleet_node` and `supernode` what touches what Flower does not promise to keep (pinned: 1.41). Met on the way:
     - A node that was killed counts as online for a minute, and Flower refuses its return until then. Its signature says who it is: let in.
     - What a node was given before it was killed is never given again. Here it is: our nodes confirm a message when they have answered.
     - A run is only served while a task of it sends heartbeats. Ours has none: it is running because we say so.
@@ -50,6 +50,7 @@ from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkStat
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
+from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
@@ -67,6 +68,7 @@ from cooperllm.errors import LinkError
 from cooperllm.link.envelope import SHORT_PARTS
 from cooperllm.link.request_limit import RequestLimit
 from cooperllm.link.seen_requests import SeenRequests
+from cooperllm.link.supernode import NAME, PUBLISHER, VERSION
 from cooperllm.link.tls import Certificate
 
 KNOWN_FLOWER = "1.41.0"
@@ -103,13 +105,14 @@ class FleetServer:
         nodes: Flower's number of each enrolled node, by ours.
     """
 
-    def __init__(self, public_keys: Mapping[int, bytes], address: Address, certificate: Certificate | None) -> None:
+    def __init__(self, public_keys: Mapping[int, bytes], address: Address, certificate: Certificate | None, fab: Fab | None = None) -> None:
         """Opens the port.
 
         Args:
             public_keys: Of the nodes that may come in, by our numbers, in PEM.
             address: Where to listen.
             certificate: For TLS; None for plain text.
+            fab: What a node that is Flower's own SuperNode is told to start; None lets none of them work.
 
         Raises:
             LinkError: If the port is taken, or Flower is another than the one that this file knows.
@@ -120,7 +123,8 @@ class FleetServer:
         self.nodes = {
             number: self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0) for number, key in sorted(public_keys.items())
         }
-        run_id = self._state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        named = (None, None, None) if fab is None else (f"{PUBLISHER}/{NAME}", VERSION, self._state.store_fab(fab))
+        run_id = self._state.create_run(*named, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
         self._state.begin(run_id)
         self.grid = _Grid(self._state, run_id)
         self._socket = _listening(address)

@@ -20,7 +20,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -69,6 +69,20 @@ def client_app(make_devices: MakeDevices) -> ClientApp:
     for register in (app.query("identify"), app.train("probe")):
         register(partial(_answer, key, make_devices))
     weakref.finalize(app, _built.pop, key, None)  # where the app was made, the devices end with it
+    return app
+
+
+def message_app(answer: Callable[[Mapping[str, object], bytes], bytes]) -> ClientApp:
+    """Makes the app of a node whose process lives for a single message, as Flower's official SuperNode has it.
+
+    Args:
+        answer: Called with the node's settings, as its owner gave them, and the order's bytes; returns those of the answer.
+
+    Returns:
+        The app; whatever `answer` raises becomes an error reply.
+    """
+    app = ClientApp()
+    app.train("probe")(lambda message, context: _walled(lambda: answer(context.node_config, unwrap(message)), message, logging.WARNING))
     return app
 
 
@@ -339,13 +353,20 @@ def run_in_simulation(make_devices: MakeDevices, num_devices: int, drive: Drive,
 
 
 def _answer(key: str, make_devices: MakeDevices, message: Message, context: Context) -> Message:
-    try:
+    def answered() -> bytes:
         if key not in _built:  # a node is there when it can answer: the first round does not wait for a model to load
             _built[key] = make_devices()
         asks_who = message.metadata.message_type == IDENTIFY
-        data = encode(context.node_config["partition-id"]) if asks_who else _built[key].answer(unwrap(message))
+        return encode(context.node_config["partition-id"]) if asks_who else _built[key].answer(unwrap(message))
+
+    return _walled(answered, message, logging.DEBUG)
+
+
+def _walled(answered: Callable[[], bytes], message: Message, level: int) -> Message:
+    try:
+        data = answered()
     except Exception as error:  # noqa: BLE001 -- the wall: whatever a device raises is a value for the other side, as Flower has it
-        _log.debug("node %d failed", context.node_id, exc_info=True)
+        _log.log(level, "a message could not be answered", exc_info=True)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message)
     return Message(wrap(data), reply_to=message)
 
