@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from cooperllm import data, models
+from cooperllm import accelerated, data, models
+from cooperllm.accelerated import Accelerated
 from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
 from cooperllm.algorithm.rounding import NO_ROUNDING, Rounding, rounding_of
 from cooperllm.answers import judge_of
-from cooperllm.cloud import Cloud, GuideMaker, MapFitter
+from cooperllm.cloud import BackPropagation, Cloud, GuideMaker, MapFitter
+from cooperllm.cloud.guide import Differentiate
 from cooperllm.config import (
     UNLABELLED,
     AdapterKind,
@@ -164,7 +166,7 @@ class Assembly:
             self.material.public,
             settings.public_batch_size,
             settings.pool_size,
-            checkpoints_activations=self.config.model.checkpoints_activations,
+            self._differentiate(),
         )
         fitter = MapFitter(
             self.material.model,
@@ -176,6 +178,13 @@ class Assembly:
             most_blocks=settings.feedback_blocks,
         )
         return Cloud(self.config, self.start, maker, fitter, self.material.model.num_classes)
+
+    def _differentiate(self) -> Differentiate:
+        """What back-propagates on public text: this process, or all that accelerate launched."""
+        model, public, launched = self.material.model, self.material.public, accelerated.processes()
+        if launched is not None:
+            return Accelerated(launched, model, public)
+        return BackPropagation(model, public, checkpoints_activations=self.config.model.checkpoints_activations)
 
     def edges(self) -> list[Edge]:
         """Builds the edges; devices are dealt to them in turn."""

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ from cooperllm.config import (
     Variant,
 )
 from cooperllm.errors import ConfigError, CooperLLMError
+from cooperllm.launch import is_launched
 from cooperllm.options import (
     ActivationMib,
     Adapter,
@@ -351,8 +353,10 @@ def main() -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed PEFT imports it, and it names packages it could use
     try:
-        app()
+        with _launched():
+            app()
     except CooperLLMError as error:
         _refuse(type(error).__name__, str(error))
         raise SystemExit(1) from error
@@ -362,6 +366,15 @@ def main() -> None:
         extra = "device" if sys.argv[1:2] in (["device"], ["stop"]) else "cloud"
         _refuse("ConfigError", f"found no module {error.name!r}, which this command needs; pip install 'cooperllm[{extra}]'")
         raise SystemExit(1) from error
+
+
+def _launched() -> AbstractContextManager[None]:
+    """Within it, a process that accelerate launched is one of those of its launch."""
+    if not is_launched(os.environ):
+        return nullcontext()
+    from cooperllm import accelerated  # noqa: PLC0415 -- of the extra `cloud`
+
+    return accelerated.together()
 
 
 def _refuse(kind: str, sentence: str) -> None:

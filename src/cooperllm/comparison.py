@@ -20,7 +20,7 @@ import httpx
 import msgspec
 from huggingface_hub import HfApi
 
-from cooperllm import results, session, workers
+from cooperllm import accelerated, results, session, workers
 from cooperllm.assembly import Material
 from cooperllm.config import ArmName, RunConfig, from_plain
 from cooperllm.desk import DIVERGED, Desk, Teller, outcome, scores
@@ -84,6 +84,7 @@ def compare(
     )
     path = Path(directory)
     refuse_taken(path)
+    _check_processes(study)
     material = Material(study.configs[0])
     material.check([config.arm.name for config in configs])
     path.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,18 @@ def resume(directory: Path | str, observe: Observer | None = None, tell: Teller 
         RunDirectoryError: If the directory is missing or damaged; nothing in it is overwritten.
     """
     study = study_of(Path(directory))
-    return session.resume(directory, observe) if study is None else _continued(Path(directory), study, observe, tell, None)
+    if study is None:
+        return session.resume(directory, observe)
+    _check_processes(study)
+    return _continued(Path(directory), study, observe, tell, None)
+
+
+def _check_processes(study: Study) -> None:
+    if study.processes > 1 and accelerated.processes() is not None:
+        raise ConfigError(
+            f"processes: found {study.processes} under `accelerate launch`, expected 1: runs side by side have processes of their "
+            "own, which are not those of the launch; compare without it, or with one process"
+        )
 
 
 def export(directory: Path | str, target: Path | str, arm: str | None = None) -> Path:

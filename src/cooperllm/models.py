@@ -166,12 +166,12 @@ class Model:
                 # Alone, since the last bits depend on what shares a pass: a resumed run must find the states of the first one.
                 one = self._pad(examples, [index])
                 with torch.no_grad():
-                    examples.states[index] = self.prefix.compute(self.network, *one.given)[0].clone()
+                    examples.states[index] = self.prefix.compute(self.network, *self._here(one.given))[0].clone()
         states = nn.utils.rnn.pad_sequence([examples.states[index] for index in indices], batch_first=True)
         return replace(batch, states=states)
 
     def scores(self, theta: Float[Tensor, "n"], batch: Batch) -> Float[Tensor, "B C"]:
-        """Evaluates the network at θ; differentiable in θ where autograd is on.
+        """Evaluates the network at θ, where the network is; differentiable in θ where autograd is on.
 
         Args:
             theta: Parameters; not modified.
@@ -334,8 +334,14 @@ class Model:
 
     def _call(self, theta: Tensor, batch: Batch) -> Tensor:
         with torch.enable_grad():  # so that a module may open a graph in the middle of a pass without one
-            views = self.layout.views(theta)
-        return torch.func.functional_call(self.network, views, batch.given)
+            (here,) = self._here((theta,))
+            views = self.layout.views(here)
+        return torch.func.functional_call(self.network, views, self._here(batch.given))
+
+    def _here(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Tensors on the network's device; those that are there already as they are."""
+        device = next(self.network.parameters()).device
+        return tuple(tensor.to(device) for tensor in tensors)
 
     def _pad(self, examples: Examples, indices: Sequence[int]) -> Batch:
         rows = [torch.from_numpy(examples.token_ids[index]) for index in indices]

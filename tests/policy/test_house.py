@@ -105,6 +105,7 @@ def test_only_one_file_knows_each_engine():
         "transformers": {"pretrained.py"},
         "peft": {"pretrained.py"},
         "datasets": {"data.py"},
+        "accelerate": {"accelerated.py"},
     }
     for engine, allowed in owners.items():
         users = {

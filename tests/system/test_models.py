@@ -17,7 +17,7 @@ from cooperllm.algorithm import replay
 from cooperllm.algorithm.rounding import NO_ROUNDING, least_half_step
 from cooperllm.assembly import Assembly, Material, assemble
 from cooperllm.classifiers import classifier_for
-from cooperllm.cloud import GuideMaker
+from cooperllm.cloud import BackPropagation, GuideMaker
 from cooperllm.config import AdapterKind, ArmName, EngineName, ModelConfig, Objective, Variant, WeightType
 from cooperllm.errors import ConfigError
 from cooperllm.packaging import write_package
@@ -368,7 +368,9 @@ def test_a_package_of_weights_that_were_rounded_before_is_refused(tmp_path):
 def test_a_cloud_that_checkpoints_activations_has_the_same_gradient(caches_prefix):
     model = models.load(replace(WORDS, last_layers=None if not caches_prefix else 1), 2)
     public, theta = model.encode(TEXTS, None, [0, 1, 0, 1]), moved(model).numpy()
-    plain, frugal = (GuideMaker(model, public, 4, 1, checkpoints_activations=answer) for answer in (False, True))
+    plain, frugal = (
+        GuideMaker(model, public, 4, 1, BackPropagation(model, public, checkpoints_activations=answer)) for answer in (False, True)
+    )
     gradient, loss = plain.gradient(theta, 7)
     assert np.abs(gradient).max() > 1e-3
     again, same = frugal.gradient(theta, 7)

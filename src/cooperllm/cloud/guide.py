@@ -10,7 +10,7 @@ Dimension key: B public examples, C classes, K rows of the basis, n trainable pa
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -54,6 +54,61 @@ class DifferentiableModel(Protocol):
         ...
 
 
+Chosen = tuple[Int64[np.ndarray, "_B"], Int64[np.ndarray, "_R"] | None]
+"""Examples of a batch, and labels in the place of their own."""
+
+Differentiate = Callable[[Float32[np.ndarray, "n"], Sequence[Chosen]], list[tuple[Float32[np.ndarray, "n"], float]]]
+"""Gradient [n] and loss of each of some batches at θ, eq. (1)."""
+
+
+class BackPropagation:
+    """Differentiates in this process: a `Differentiate`."""
+
+    def __init__(
+        self,
+        model: DifferentiableModel,
+        public: Any,
+        *,
+        checkpoints_activations: bool = False,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Takes the public examples.
+
+        Args:
+            model: The network.
+            public: Its examples.
+            checkpoints_activations: Whether layers keep their inputs alone, and run once more.
+            precision: Within what it gives, forward passes are made.
+        """
+        self._model, self._public = model, public
+        self._checkpoints_activations, self._precision = checkpoints_activations, precision
+
+    def __call__(self, theta: Float32[np.ndarray, "n"], batches: Sequence[Chosen]) -> list[tuple[Float32[np.ndarray, "n"], float]]:
+        """Computes each batch's gradient and loss.
+
+        Args:
+            theta: Current θ, not modified.
+            batches: Examples, with labels of theirs or without.
+
+        Returns:
+            (gradient [n], mean loss) of each.
+        """
+        return [self._differentiated(theta, *chosen) for chosen in batches]
+
+    def _differentiated(
+        self, theta: Float32[np.ndarray, "n"], chosen: Int64[np.ndarray, "_B"], labels: Int64[np.ndarray, "_R"] | None
+    ) -> tuple[Float32[np.ndarray, "n"], float]:
+        point = torch.from_numpy(theta.copy()).requires_grad_()
+        with self._precision():
+            batch = self._model.batch(self._public, chosen.tolist())
+            with self._model.checkpointed() if self._checkpoints_activations else nullcontext():
+                scores = self._model.scores(point, batch).float()
+        wanted = batch.labels if labels is None else torch.from_numpy(labels)
+        loss = torch.nn.functional.cross_entropy(scores, wanted.to(scores.device))
+        (gradient,) = torch.autograd.grad(loss, point)
+        return gradient.numpy(), float(loss.detach())
+
+
 class GuideMaker:
     """Makes a round's directions from public examples.
 
@@ -62,11 +117,19 @@ class GuideMaker:
     """
 
     def __init__(
-        self, model: DifferentiableModel, public: Any, batch_size: int, pool_size: int, *, checkpoints_activations: bool = False
+        self, model: DifferentiableModel, public: Any, batch_size: int, pool_size: int, differentiate: Differentiate | None = None
     ) -> None:
-        self._model = model
-        self._public = public
-        self._batch_size, self._checkpoints_activations = batch_size, checkpoints_activations
+        """Takes the public examples.
+
+        Args:
+            model: The network.
+            public: Its examples.
+            batch_size: B of eq. (1).
+            pool_size: Public gradients kept.
+            differentiate: What back-propagates; by default this process, with this model.
+        """
+        self._num_classes, self._public, self._batch_size = model.num_classes, public, batch_size
+        self._differentiate = differentiate or BackPropagation(model, public)
         self.pool_size = pool_size
         self._pool: deque[np.ndarray] = deque(maxlen=pool_size)
         self._latest_seed: int | None = None
@@ -75,7 +138,7 @@ class GuideMaker:
     def has_every_class(self) -> bool:
         """Whether the public data hold an example of each class."""
         is_next_token = self._public.starts is not None  # there, every token that occurs is due somewhere
-        return is_next_token or len(set(self._public.labels.tolist()) - {UNLABELLED}) == self._model.num_classes
+        return is_next_token or len(set(self._public.labels.tolist()) - {UNLABELLED}) == self._num_classes
 
     def gradient(self, theta: Float32[np.ndarray, "n"], seed: int) -> tuple[Float32[np.ndarray, "n"], float]:
         """Computes the public gradient, eq. (1), and puts it at the head of the pool.
@@ -88,7 +151,7 @@ class GuideMaker:
             (g_B [n], public loss).
         """
         chosen = noise.permutation(seed, PUBLIC_BATCH, len(self._public))[: self._batch_size]
-        gradient, loss = self._gradient(theta, chosen, None)
+        ((gradient, loss),) = self._differentiate(theta, [(chosen, None)])
         if seed == self._latest_seed:  # a round that is planned once more
             self._pool.popleft()
         self._pool.appendleft(gradient)
@@ -108,10 +171,10 @@ class GuideMaker:
         """
         chosen = noise.permutation(seed, BASIS_EXAMPLES, len(self._public))[:num_examples]
         counts = [self._public.num_targets([index]) for index in chosen.tolist()]
-        drawn = noise.bits(seed, BASIS_LABELS, sum(counts), stream=noise.Stream.CHOICE) % np.uint64(self._model.num_classes)
+        drawn = noise.bits(seed, BASIS_LABELS, sum(counts), stream=noise.Stream.CHOICE) % np.uint64(self._num_classes)
         labels = np.split(drawn.astype(np.int64), np.cumsum(counts)[:-1])
-        gradients = [self._gradient(theta, chosen[i : i + 1], own)[0] for i, own in enumerate(labels)]
-        rows = np.stack([gradient / max(float(np.linalg.norm(gradient)), 1e-30) for gradient in gradients]).astype(np.float64)
+        gradients = self._differentiate(theta, [(chosen[i : i + 1], own) for i, own in enumerate(labels)])
+        rows = np.stack([gradient / max(float(np.linalg.norm(gradient)), 1e-30) for gradient, _ in gradients]).astype(np.float64)
         values, vectors = np.linalg.eigh(rows @ rows.T)
         is_new = values > DEPENDENT * values.max(initial=0)
         return ((vectors[:, is_new] / np.sqrt(values[is_new])).T @ rows)[::-1].astype(np.float32)
@@ -123,14 +186,3 @@ class GuideMaker:
     def restore(self, pool: Sequence[Float32[np.ndarray, "n"]]) -> None:
         """Takes a pool back from a checkpoint."""
         self._pool = deque(pool, maxlen=self.pool_size)
-
-    def _gradient(
-        self, theta: Float32[np.ndarray, "n"], chosen: Int64[np.ndarray, "_B"], labels: Int64[np.ndarray, "_R"] | None
-    ) -> tuple[Float32[np.ndarray, "n"], float]:
-        """Gradient and loss over public examples, with their own labels or those given."""
-        point, batch = torch.from_numpy(theta.copy()).requires_grad_(), self._model.batch(self._public, chosen.tolist())
-        with self._model.checkpointed() if self._checkpoints_activations else nullcontext():
-            scores = self._model.scores(point, batch).float()
-        loss = torch.nn.functional.cross_entropy(scores, batch.labels if labels is None else torch.from_numpy(labels))
-        (gradient,) = torch.autograd.grad(loss, point)
-        return gradient.numpy(), float(loss.detach())
