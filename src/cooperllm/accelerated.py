@@ -125,7 +125,8 @@ class Processes:
         """Lets the other processes load a model, unless they have it."""
         data = msgspec.msgpack.encode(setup)
         if self.count > 1 and data != self._known:
-            self._send(data)
+            with self._step():
+                self._send(data)
             self._known = data
 
     def differentiate(self, own: BackPropagation, theta: Float32[np.ndarray, "n"], work: Work) -> Float32[np.ndarray, "K n_and_loss"]:
@@ -144,19 +145,16 @@ class Processes:
         """
         if self.count == 1:
             return _carried_out(own, theta, work, 0)
-        self._is_in_step = True
-        self._send(msgspec.msgpack.encode(work))
-        self._share(torch.from_numpy(theta.copy()))
         found = np.zeros((work.num_rows, len(theta) + 1), np.float32)
+        with self._step():
+            self._send(msgspec.msgpack.encode(work))
+            self._share(torch.from_numpy(theta.copy()))
         try:
             found = _carried_out(own, theta, work, 0)
         finally:
-            everything = self._gather(found)  # also where this process fails: the others are about to answer
-            self._is_in_step = False
-        total = everything[0]
-        for part in everything[1:]:
-            total = total + part
-        return total
+            with self._step():
+                everything = self._gather(found)  # also where this process fails: the others are about to answer
+        return sum(everything[1:], everything[0])
 
     def serve(self) -> None:
         """Answers process 0 until it ends; for every other one.
@@ -210,6 +208,13 @@ class Processes:
         with self._heard():
             torch.distributed.gather(own, everything, 0)
         return [] if everything is None else [part.numpy() for part in everything]
+
+    @contextmanager
+    def _step(self) -> Generator[None]:
+        """What has to be done as a whole: after half of it the others do not know what comes next."""
+        self._is_in_step = True
+        yield
+        self._is_in_step = False
 
     @contextmanager
     def _heard(self) -> Generator[None]:

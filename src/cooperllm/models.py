@@ -386,7 +386,7 @@ def load(config: ModelConfig, num_classes: int) -> Model:
     if num_classes < 2 and config.objective is not Objective.NEXT_TOKEN:
         raise ConfigError(f"labels: found {num_classes} classes, expected at least 2")
     with torch.random.fork_rng(devices=[]):  # PyTorch and PEFT draw initial values, which θ_0 replaces
-        backbone, tokenizer = pretrained(config.name, causal=is_causal, dtype=getattr(torch, config.dtype.value))
+        backbone, tokenizer = pretrained(config.name, causal=is_causal, weights=config.dtype)
         backbone.requires_grad_(config.adapter is AdapterKind.FULL)
         if config.objective is Objective.NEXT_TOKEN:
             num_classes = int(backbone.get_output_embeddings().weight.shape[0])

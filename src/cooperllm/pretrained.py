@@ -1,5 +1,7 @@
 """Hugging Face and PEFT: pretrained models by name, the two that come with this package, and adapters."""
 
+import importlib.util
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,35 +16,42 @@ from transformers.pytorch_utils import Conv1D
 
 from cooperllm.algorithm import noise
 from cooperllm.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
-from cooperllm.config import AdapterKind, ModelConfig
+from cooperllm.config import AdapterKind, ModelConfig, WeightType
 from cooperllm.errors import ConfigError
 
 PACKAGED = "minilm"
 TINY = "tiny-llama"
+FOUR_BIT_BLOCK = 64
+"""Weights that share a scale in nf4."""
 
 
-def pretrained(name: str, *, causal: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def pretrained(name: str, *, causal: bool, weights: WeightType = WeightType.FLOAT32) -> tuple[Any, Any]:
     """Finds a model and its tokeniser.
 
     Args:
         name: "minilm", "tiny-llama", a directory or an id on a hub.
         causal: Whether it is to have a language-model head.
-        dtype: What its weights are to be kept in.
+        weights: What its weights are to be kept in.
 
     Returns:
         (model, tokenizer).
 
     Raises:
-        ConfigError: If there is no such model, or it has no such head.
+        ConfigError: If there is no such model, it has no such head, or what quantises weights is not installed.
     """
+    kept = _kept_in(weights)
+    if name == TINY and weights.is_quantised:
+        raise ConfigError(
+            f"model.dtype: found {weights.value}, expected float32, bfloat16 or float16 for {TINY}, which is never read from disk"
+        )
     if name == TINY:
         model, tokenizer = tiny_llama(causal=causal)
-        return model.to(dtype), tokenizer
+        return model.to(kept["dtype"]), tokenizer
     place = packaged_minilm() if name == PACKAGED else name
     factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        loaded: Any = factory.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        loaded: Any = factory.from_pretrained(place, output_loading_info=True, **kept)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name: {name!r} could not be loaded: expected 'minilm', a directory with a Hugging Face model, or an id on a hub that "
@@ -54,7 +63,41 @@ def pretrained(name: str, *, causal: bool, dtype: torch.dtype = torch.float32) -
             f"model.name: {name!r} has no trained {sorted(found['missing_keys'])[0]}, expected a causal language model; take one, or "
             "another objective"
         )
-    return backbone, tokenizer
+    return _checked(backbone, name), tokenizer
+
+
+def _kept_in(weights: WeightType) -> dict[str, Any]:
+    """What `from_pretrained` is told of a type."""
+    if not weights.is_quantised:
+        return {"dtype": getattr(torch, weights.value)}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"model.dtype: {weights.value!r} needs the package bitsandbytes; pip install 'cooperllm[bitsandbytes]'")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # with int8 it warns of every pass that float32 enters
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if weights is WeightType.NF4:
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    return {"dtype": torch.float32, "quantization_config": transformers.BitsAndBytesConfig(**bits), "device_map": {"": "cpu"}}
+
+
+def _checked(backbone: Any, name: str) -> Any:
+    """Keeps bitsandbytes from two faults of its four bits on the CPU, neither of which it says a word of (seen with 0.50.2).
+
+    On processors that multiply bfloat16 it repacks weights at the first pass without a graph, and no gradient passes them from then on.
+    Where blocks of 64 weights reach from one row into the next it decodes them with the wrong scale.
+
+    Raises:
+        ConfigError: If there are such rows.
+    """
+    for place, layer in backbone.named_modules():
+        if not hasattr(layer, "support_avx512bf16_for_cpu"):
+            continue
+        layer.support_avx512bf16_for_cpu = False
+        if layer.in_features % FOUR_BIT_BLOCK:
+            raise ConfigError(
+                f"model.dtype: found nf4 for {name!r}, whose layer {place} has rows of {layer.in_features} weights, expected multiples of "
+                f"{FOUR_BIT_BLOCK}: bitsandbytes decodes others wrongly on a CPU; choose int8 or bfloat16"
+            )
+    return backbone
 
 
 def hush() -> None:

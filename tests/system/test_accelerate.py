@@ -103,6 +103,16 @@ def test_whatever_enters_a_network_that_was_moved_to_another_device_follows_it(o
     assert scores.requires_grad
 
 
+def test_on_another_device_the_clouds_network_is_one_of_its_own(launched):
+    """Evaluation and simulated devices compute with the run's; a process that only back-propagates moves the one that it has."""
+    model, alone = models.load(TINY, 2), launched("no")
+    alone.device = torch.device("meta")
+    own = alone.back_propagation(model, public_of(model), is_shared=True)
+    assert {tensor.device.type for tensor in own._model.network.parameters()} == {"meta"}
+    assert {tensor.device.type for tensor in model.network.parameters()} == {"cpu"}
+    assert alone.back_propagation(model, public_of(model), is_shared=False)._model is model
+
+
 def test_runs_side_by_side_are_refused_where_accelerate_launched_one(launched, tmp_path):
     assert launched("no").count == 1
     with pytest.raises(ConfigError, match="processes: found 2 under `accelerate launch`, expected 1"):

@@ -1,5 +1,6 @@
 """The default model, adapters, prefix cache, label words, label texts and export: the real weights, and plain PEFT as the judge."""
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -8,12 +9,13 @@ import pytest
 import tokenizers
 import torch
 from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import cooperllm
 from cooperllm import models, pretrained
-from cooperllm.algorithm import replay
+from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.rounding import NO_ROUNDING, least_half_step
 from cooperllm.assembly import Assembly, Material, assemble
 from cooperllm.classifiers import classifier_for
@@ -334,6 +336,113 @@ def test_weights_of_two_bytes_leave_what_is_trained_and_scores_in_float32(config
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, scores(exact, moved(exact)), rtol=0, atol=0.1)
     assert not torch.equal(found, scores(exact, moved(exact)))
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """A causal model of random weights whose rows are blocks of 64."""
+    place = tmp_path_factory.mktemp("model")
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=128, tie_word_embeddings=True))
+    with torch.no_grad():
+        for index, (name, tensor) in enumerate(model.named_parameters()):
+            if "norm" not in name:
+                tensor.copy_(0.15 * torch.from_numpy(noise.gaussian(5, index, tensor.numel())).view(tensor.shape))
+    model.save_pretrained(place)
+    pretrained.tiny_llama(causal=True)[1].save_pretrained(place)
+    return str(place)
+
+
+QUANTISED = pytest.mark.parametrize("dtype", [WeightType.INT8, WeightType.NF4], ids=lambda dtype: dtype.value)
+
+
+@QUANTISED
+@pytest.mark.parametrize("config", [None, WORDS, TINY_COMPARED], ids=["head", "label words", "label texts"])
+def test_quantised_weights_are_codes_and_leave_what_is_trained_and_scores_in_float32(config, dtype, on_disk):
+    """The widest gap between codes of nf4 is .304 of a block's largest weight, that of int8 1/127 of a row's, of numbers rounded to float16
+    before; half of it is the error."""
+    config = ModelConfig() if config is None else replace(config, name=on_disk)
+    exact, model = models.load(config, 2), models.load(replace(config, dtype=dtype), 2)
+    found = scores(model, moved(model))
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, scores(exact, moved(exact)))
+    assert model.layout == exact.layout
+    kept = {name: tensor.dtype for name, tensor in model.network.named_parameters()}
+    assert {kept[name] for name in model.layout.names} == {torch.float32}
+    of_layers = [name for name in kept if name.endswith("base_layer.weight")]
+    assert {kept[name] for name in of_layers} == {torch.int8 if dtype is WeightType.INT8 else torch.uint8}
+    for name in of_layers:
+        owner, wanted = name.removesuffix(".weight"), exact.network.get_parameter(name)
+        error = (dequantize_module_weight(model.network.get_submodule(owner)) - wanted).abs().max() / wanted.abs().max()
+        assert 0 < error < (0.5 / 127 + 2**-11 if dtype is WeightType.INT8 else 0.153)
+
+
+@pytest.mark.parametrize("adapter", [AdapterKind.LORA, AdapterKind.IA3], ids=lambda adapter: adapter.value)
+def test_the_gradient_through_four_bits_is_the_slope_of_their_loss_whatever_went_before(adapter, on_disk):
+    """All layers are adapted, so that gradients pass frozen codes, after a pass without a graph: on processors that multiply bfloat16
+    bitsandbytes repacks four bits then, and lets no gradient through."""
+    model = models.load(replace(WORDS, name=on_disk, adapter=adapter, last_layers=None, dtype=WeightType.NF4), 2)
+    public, theta = model.encode(TEXTS, None, [0, 1, 0, 1]), moved(model)
+    direction = 0.001 * torch.cos(torch.arange(len(theta), dtype=torch.float32))
+
+    def loss(point):
+        batch = model.batch(public, range(4))
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(model.scores(point, batch).double(), batch.labels))
+
+    slope = (loss(theta + direction) - loss(theta - direction)) / 2
+    assert abs(slope) > 5e-4
+    ((gradient, _),) = BackPropagation(model, public)(theta.numpy(), [(np.arange(4), None)])
+    # Losses are rounded to 2⁻²⁴ or so, a ten-thousandth of the slope; curvature does less at this step.
+    assert float(torch.from_numpy(gradient) @ direction) == pytest.approx(slope, rel=2e-3)
+
+
+@QUANTISED
+def test_a_gradient_through_codes_is_the_same_with_checkpoints_and_near_that_of_exact_weights_with_eight_bits(dtype, on_disk):
+    exact, model = (models.load(replace(WORDS, name=on_disk, last_layers=None, dtype=one), 2) for one in (WeightType.FLOAT32, dtype))
+    public, theta, chosen = model.encode(TEXTS, None, [0, 1, 0, 1]), moved(model).numpy(), [(np.arange(4), None)]
+    ((wanted, _),), ((found, loss),) = BackPropagation(exact, public)(theta, chosen), BackPropagation(model, public)(theta, chosen)
+    ((again, same),) = BackPropagation(model, public, checkpoints_activations=True)(theta, chosen)
+    assert (again.tobytes(), same) == (found.tobytes(), loss)
+    # Weights and activations are off by 1/254 of the largest of a row, which is some hundredths of a typical one, in seven layers.
+    if dtype is WeightType.INT8:
+        assert np.linalg.norm(found - wanted) < 0.2 * np.linalg.norm(wanted)
+
+
+def test_a_run_on_quantised_weights_is_replayed_bit_for_bit_and_exports_an_adapter_for_plain_ones(tmp_path, on_disk):
+    config = cooperllm.recipe("tiny").with_arm(ArmName.MEASURED)
+    config = replace(config, model=replace(config.model, name=on_disk, dtype=WeightType.INT8), num_rounds=2, engine=EngineName.LOOPBACK)
+    run = cooperllm.run(config, tmp_path / "run")
+    assembly = assemble(RunDirectory(run.path))
+    assert least_half_step(assembly._rounding(), config.arm.signal_to_noise) > 1e-3, "activations are rounded, too"
+    replica = assembly.start
+    for update in RunDirectory(run.path).updates():
+        replica = replay.apply(replica, update, config.optimizer)
+    assert replica.model_version == 2
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(on_disk), str(run.export(tmp_path / "adapter")))
+    loaded = {name for name, tensor in plain.named_parameters() if "lora_B" in name and tensor.abs().max() > 0}
+    assert loaded
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (replace(WORDS, dtype=WeightType.INT8), "model.dtype: found int8, expected float32, bfloat16 or float16 for tiny-llama"),
+        (replace(WORDS, name="narrow", dtype=WeightType.NF4), r"layer model.layers.0.self_attn.q_proj has rows of 32 weights"),
+    ],
+    ids=["never on disk", "narrow rows"],
+)
+def test_a_model_that_cannot_be_quantised_is_refused(config, sentence):
+    for part in pretrained.tiny_llama(causal=True):
+        part.save_pretrained("narrow")
+    with pytest.raises(ConfigError, match=sentence):
+        models.load(config, 2)
+
+
+def test_quantised_weights_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"model.dtype: 'nf4' needs the package bitsandbytes; pip install 'cooperllm\[bitsandbytes\]'"):
+        models.load(replace(WORDS, dtype=WeightType.NF4), 2)
 
 
 def test_a_run_on_weights_of_two_bytes_knows_their_rounding_and_is_replayed_bit_for_bit(tmp_path):

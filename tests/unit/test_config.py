@@ -23,7 +23,10 @@ from cooperllm.config import (
     OptimizerKind,
     Partition,
     RunConfig,
+    RuntimeName,
+    SlopeMethod,
     SourceConfig,
+    WeightType,
     from_plain,
     to_plain,
 )
@@ -103,6 +106,9 @@ OUTSIDE = [
     (RunConfig, {"checkpoint_every": 0}, "checkpoint_every", "0"),
     (RunConfig, {"activation_mib": 0.0}, "activation_mib", "0.0"),
     (RunConfig, {"activation_mib": math.nan}, "activation_mib", "nan"),
+    (RunConfig, {"model": ModelConfig(dtype=WeightType.INT8), "activation_mib": 9.0}, "activation_mib", "9.0"),
+    (RunConfig, {"model": ModelConfig(dtype=WeightType.NF4), "slope_method": SlopeMethod.FORWARD_MODE}, "slope_method", "'forward-mode'"),
+    (RunConfig, {"model": ModelConfig(dtype=WeightType.NF4), "runtime": RuntimeName.ONNX}, "runtime", "'onnx'"),
 ]
 
 AT_THE_EDGE = [

@@ -153,9 +153,6 @@ class RunConfig:
         learns_alone = self.arm.name in {ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED}
         needs_torch = learns_alone and self.runtime is not RuntimeName.TORCH
         check(not needs_torch, "runtime", self.runtime.value, f"torch for the arm {self.arm.name.value}: its devices back-propagate")
-        rounds_weights = self.model.dtype is not WeightType.FLOAT32 and self.runtime is not RuntimeName.TORCH
-        expected = f"torch for weights in {self.model.dtype.value}: packages have variants of their own, such as onnx-int8"
-        check(not rounds_weights, "runtime", self.runtime.value, expected)
         is_bound = self.arm.name not in STALE_ARMS or self.arm.pool_size > 1
         expected = (
             f"0 for the arm {self.arm.name.value} with a pool of {self.arm.pool_size}: its steps are named by the θ that they start from"
@@ -164,8 +161,21 @@ class RunConfig:
         follows = self.optimizer.kind is OptimizerKind.SGD and self.arm.name in {ArmName.MEASURED, ArmName.FWDLLM}
         expected = f"momentum or adam for the arm {self.arm.name.value}: it looks along the server's momentum"
         check(not follows, "optimizer.kind", self.optimizer.kind.value, expected)
+        self._check_weights()
         self._check_objective()
         check(self.activation_mib is None or self.activation_mib > 0, "activation_mib", self.activation_mib, "> 0, or none")
+
+    def _check_weights(self) -> None:
+        """Refuses what does not go with the type of the frozen weights."""
+        dtype = self.model.dtype
+        rounds_weights = dtype is not WeightType.FLOAT32 and self.runtime is not RuntimeName.TORCH
+        expected = f"torch for weights in {dtype.value}: packages have variants of their own, such as onnx-int8"
+        check(not rounds_weights, "runtime", self.runtime.value, expected)
+        # bitsandbytes has neither derivatives in forward mode (nf4 loses them without a word) nor batches of points.
+        has_slopes = not dtype.is_quantised or self.slope_method is SlopeMethod.TWO_SIDED
+        check(has_slopes, "slope_method", self.slope_method.value, f"two-sided for weights in {dtype.value}: they have no forward mode")
+        has_points = not dtype.is_quantised or self.activation_mib is None
+        check(has_points, "activation_mib", self.activation_mib, f"none for weights in {dtype.value}: points are evaluated one at a time")
 
     def _check_objective(self) -> None:
         """Refuses data and arms that do not go with what is learned."""

@@ -22,11 +22,22 @@ class AdapterKind(Enum):
 
 
 class WeightType(Enum):
-    """What frozen weights are kept in, and layers compute in; θ, losses and steps are float32 always."""
+    """What frozen weights are kept in, and layers compute in; θ, losses and steps are float32 always.
+
+    Of quantised ones (bitsandbytes) these are linear layers within the model, and layers compute in float32, with INT8 from activations in
+    eight bits, too.
+    """
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether weights are codes."""
+        return self in {WeightType.INT8, WeightType.NF4}
 
 
 class Objective(Enum):
