@@ -53,6 +53,9 @@ class SoftmaxRegression:
     def scores(self, theta, batch):
         return batch.features @ theta.reshape(CLASSES, FEATURES).T
 
+    def loss(self, theta, batch, labels=None):
+        return torch.nn.functional.cross_entropy(self.scores(theta, batch), batch.labels if labels is None else labels)
+
     def checkpointed(self):
         return nullcontext()
 

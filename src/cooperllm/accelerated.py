@@ -28,12 +28,13 @@ from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 from jaxtyping import Float32
 
 from cooperllm import models, pretrained
+from cooperllm.batches import Examples
 from cooperllm.cloud import BackPropagation
 from cooperllm.cloud.guide import Chosen
 from cooperllm.config import ModelConfig
 from cooperllm.errors import ConfigError, LinkError
 from cooperllm.launch import check_launch, forget_place, is_launched
-from cooperllm.models import Examples, Model
+from cooperllm.models import Model
 
 WAIT = datetime.timedelta(days=365)
 """Rounds last as long as devices take, and processes without work wait as long."""

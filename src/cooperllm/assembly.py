@@ -15,6 +15,7 @@ from cooperllm.algorithm.baselines import arm
 from cooperllm.algorithm.replay import Replica
 from cooperllm.algorithm.rounding import NO_ROUNDING, Rounding, rounding_of
 from cooperllm.answers import judge_of
+from cooperllm.batches import Examples
 from cooperllm.cloud import BackPropagation, Cloud, GuideMaker, MapFitter
 from cooperllm.cloud.guide import Differentiate
 from cooperllm.config import (
@@ -35,7 +36,7 @@ from cooperllm.device.settings import GraphLibrary, Settings
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.edge import Edge, devices_of
 from cooperllm.errors import ConfigError
-from cooperllm.models import Examples, Model
+from cooperllm.models import Model
 from cooperllm.run_directory import RunDirectory
 
 DATA, INITIAL = 1 << 32, 2 << 32

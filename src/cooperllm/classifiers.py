@@ -10,6 +10,7 @@ Dimension key: B examples, T tokens, H hidden size, C classes, V tokens of the v
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from cooperllm.config import ModelConfig, Objective
 from cooperllm.errors import ConfigError
+from cooperllm.frozen_prefix import layer_stack
+from cooperllm.token_scores import TokenScores
 from cooperllm.wrapped_forward import forward_wrapped
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
@@ -78,16 +81,50 @@ class NextTokens(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
+        self._treats_tokens_alike: bool | None = None
 
-    def forward(self, token_ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        """Returns scores [R, V] in float32 at places [R], row · T + column of the token before."""
+    def forward(self, token_ids: Tensor, mask: Tensor, places: Tensor, *, in_blocks: bool = False) -> Tensor | TokenScores:
+        """Returns scores [R, V] in float32 at places [R], row · T + column of the token before, or what they are made of."""
         language_model: Any = self.backbone
+        head, stack = language_model.get_output_embeddings(), layer_stack(self)
+        given = {"input_ids": token_ids, "attention_mask": mask, "use_cache": False}
+        if in_blocks and type(head) is nn.Linear and stack is not None and self._treats_tokens_alike is not False:
+            found = self._in_blocks(head, self.get_submodule(stack[0].rpartition(".")[0]), given, places)
+            if found is not None:
+                return found
 
         def at_places(own: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
             return own(hidden.flatten(0, 1)[places])
 
-        with forward_wrapped(language_model.get_output_embeddings(), at_places):
-            return language_model(input_ids=token_ids, attention_mask=mask, use_cache=False).logits.float()
+        with forward_wrapped(head, at_places):
+            return language_model(**given).logits.float()
+
+    def _in_blocks(self, head: nn.Linear, body: nn.Module, given: dict[str, Any], places: Tensor) -> TokenScores | None:
+        """Runs all but the output layer; what the model does to scores behind that layer is asked of the model, without its body.
+
+        None where a score's fate there depends on its token: then only a whole row is right.
+        """
+        language_model: Any = self.backbone
+        states, ends = list[Tensor](), list[Any]()
+
+        def read(_own: Any, hidden: Tensor) -> Tensor:
+            states.append(hidden.flatten(0, 1)[places])
+            return hidden.new_zeros(1, head.weight.shape[0])
+
+        def run(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            ends.append(own(*args, **kwargs))
+            return ends[0]
+
+        def finish(scores: Tensor) -> Tensor:
+            with forward_wrapped(head, lambda *_: scores), forward_wrapped(body, lambda *_, **__: end):
+                return language_model(input_ids=given["input_ids"][:1, :1], use_cache=False).logits
+
+        with forward_wrapped(head, read), forward_wrapped(body, run):
+            language_model(**given)
+        end = replace(ends[0], last_hidden_state=torch.zeros_like(ends[0].last_hidden_state[:1, :1]))
+        if self._treats_tokens_alike is None:
+            self._treats_tokens_alike = _is_for_each(finish, head.weight.shape[0])
+        return TokenScores(states=states[0], weight=head.weight, bias=head.bias, finish=finish) if self._treats_tokens_alike else None
 
 
 class LabelTexts(nn.Module):
@@ -143,6 +180,16 @@ def classifier_for(config: ModelConfig, backbone: Any, tokenizer: Any, num_class
     word_ids = _word_ids(tokenizer, config.prompt, config.label_words)
     shift = _said_of_no_text(config.prompt, LabelWords(backbone, word_ids), tokenizer) if config.calibrates else None
     return partial(LabelWords, word_ids=word_ids, shift=shift)
+
+
+def _is_for_each(finish: Callable[[Tensor], Tensor], num_tokens: int) -> bool:
+    """Whether scores of some tokens come out as they do among all."""
+    scores = torch.linspace(-30, 30, num_tokens)[None]
+    try:
+        parts = torch.cat([finish(part) for part in scores.split(1 + num_tokens // 3, 1)], 1)
+    except (RuntimeError, IndexError):  # something of the vocabulary's size is added, or tokens are named
+        return False
+    return bool(torch.isclose(parts, finish(scores), rtol=1e-6, atol=1e-6).all())
 
 
 def _mean_state(backbone: nn.Module, token_ids: Tensor, mask: Tensor) -> Tensor:

@@ -12,68 +12,35 @@ parameters.
 import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cooperllm.activation_checkpointing import checkpointed
 from cooperllm.adapted_layers import AdaptedLayers
 from cooperllm.algorithm import noise
+from cooperllm.batches import Batch, Examples, padded
 from cooperllm.classifiers import LabelTexts, classifier_for
-from cooperllm.completion import Encoded, Frame, sequences, targets
+from cooperllm.completion import Frame, sequences
 from cooperllm.config import AdapterKind, ModelConfig, Objective
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import FrozenPrefix, original_layers
 from cooperllm.layout import Layout
 from cooperllm.pretrained import Telling, adapted, pretrained
 from cooperllm.prompts import frame_of
+from cooperllm.token_scores import BLOCK_MIB, TokenScores, are_large
 from cooperllm.widths import Widths
 
 CONTEXT = 1024
 """Tokens that a model which says nothing of its context is given at most."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Examples(Encoded):
-    """Tokenised texts, and the frozen prefix's output as far as it has been asked for.
-
-    Attributes:
-        states: Hidden states entering the first adapted layer, by example, each [T, H].
-    """
-
-    states: dict[int, Float[Tensor, "_T H"]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Padded examples.
-
-    Attributes:
-        token_ids: Shape [B, T].
-        mask: 1 for tokens, 0 for padding, shape [B, T].
-        labels: Targets: classes [B], or tokens [R].
-        states: Hidden states entering the first adapted layer, [B, T, H], or None.
-        places: For next tokens: where the states stand that predict the targets, row · T + column, [R].
-    """
-
-    token_ids: Tensor
-    mask: Tensor
-    labels: Tensor
-    states: Tensor | None
-    places: Tensor | None = None
-
-    @property
-    def given(self) -> tuple[Tensor, ...]:
-        """What the network is called with."""
-        return (self.token_ids, self.mask) if self.places is None else (self.token_ids, self.mask, self.places)
 
 
 class Model:
@@ -158,19 +125,51 @@ class Model:
         Returns:
             The batch.
         """
-        batch = self._pad(examples, indices)
+        batch = padded(examples, indices, self.pad_id)
         if self.prefix is None:
             return batch
         for index in indices:
             if index not in examples.states:
                 # Alone, since the last bits depend on what shares a pass: a resumed run must find the states of the first one.
-                one = self._pad(examples, [index])
+                one = padded(examples, [index], self.pad_id)
                 with torch.no_grad():
                     examples.states[index] = self.prefix.compute(self.network, *self._here(one.given))[0].clone()
         states = nn.utils.rnn.pad_sequence([examples.states[index] for index in indices], batch_first=True)
         return replace(batch, states=states)
 
-    def scores(self, theta: Float[Tensor, "n"], batch: Batch) -> Float[Tensor, "B C"]:
+    def loss(self, theta: Float[Tensor, "n"], batch: Batch, labels: Int64[Tensor, "R"] | None = None) -> Float[Tensor, ""]:
+        """Evaluates the mean cross entropy at θ; large scores are made in blocks, `token_scores`.
+
+        Args:
+            theta: Parameters; not modified.
+            batch: Padded examples.
+            labels: Other targets than the batch's own, shape [R].
+
+        Returns:
+            A scalar, differentiable in θ where autograd is on.
+        """
+        scores = self._scores(theta, batch)
+        (wanted,) = self._here((batch.labels if labels is None else labels,))
+        return scores.losses(wanted).mean() if isinstance(scores, TokenScores) else nn.functional.cross_entropy(scores.float(), wanted)
+
+    def judged(self, theta: Float[Tensor, "n"], batch: Batch) -> tuple[int, float]:
+        """Compares scores at θ with a batch's targets.
+
+        Args:
+            theta: Parameters; not modified.
+            batch: Padded examples.
+
+        Returns:
+            (targets with the highest score; sum of the targets' losses).
+        """
+        scores = self._scores(theta, batch)
+        (wanted,) = self._here((batch.labels,))
+        if isinstance(scores, TokenScores):
+            return int((scores.likeliest() == wanted).sum()), float(scores.losses(wanted).sum())
+        loss = nn.functional.cross_entropy(scores, wanted, reduction="sum")
+        return int((scores.argmax(1) == wanted).sum()), float(loss)
+
+    def scores(self, theta: Float[Tensor, "n"], batch: Batch) -> Float[Tensor, "R C"]:
         """Evaluates the network at θ, where the network is; differentiable in θ where autograd is on.
 
         Args:
@@ -180,10 +179,13 @@ class Model:
         Returns:
             One score per class, float32, shape [R, C].
         """
-        if self.prefix is None or batch.states is None:
-            return self._call(theta, batch)
-        with self.prefix.resumed(batch.states):
-            return self._call(theta, batch)
+        return self._call(theta, batch)
+
+    def _scores(self, theta: Tensor, batch: Batch) -> Tensor | TokenScores:
+        return self._call(theta, batch, **({"in_blocks": True} if self._makes_blocks(batch) else {}))
+
+    def _makes_blocks(self, batch: Batch) -> bool:
+        return batch.places is not None and are_large(len(batch.places), self.num_classes)
 
     def checkpointed(self) -> AbstractContextManager[None]:
         """Within it, a forward pass keeps the inputs of its layers alone; see `activation_checkpointing`."""
@@ -191,7 +193,10 @@ class Model:
 
     def activation_mib(self, batch: Batch) -> float:
         """Estimates the memory that one point of a batched pass takes, in MiB; see `Widths`."""
-        return self.widths.activation_mib(*batch.token_ids.shape)
+        widths, size = self.widths, batch.token_ids.shape
+        if not self._makes_blocks(batch):
+            return widths.activation_mib(*size)
+        return max(replace(widths, scores=0).activation_mib(*size), 2 * BLOCK_MIB)
 
     @cached_property
     def frame(self) -> Frame:
@@ -332,26 +337,17 @@ class Model:
         finally:
             self.network.load_state_dict(loaded, strict=False)  # the next arm's θ_0 is read from them
 
-    def _call(self, theta: Tensor, batch: Batch) -> Tensor:
+    def _call(self, theta: Tensor, batch: Batch, **asked: bool) -> Any:
         with torch.enable_grad():  # so that a module may open a graph in the middle of a pass without one
             (here,) = self._here((theta,))
             views = self.layout.views(here)
-        return torch.func.functional_call(self.network, views, self._here(batch.given))
+        with nullcontext() if self.prefix is None or batch.states is None else self.prefix.resumed(batch.states):
+            return torch.func.functional_call(self.network, views, self._here(batch.given), asked)
 
     def _here(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Tensors on the network's device; those that are there already as they are."""
         device = next(self.network.parameters()).device
         return tuple(tensor.to(device) for tensor in tensors)
-
-    def _pad(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        rows = [torch.from_numpy(examples.token_ids[index]) for index in indices]
-        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        if examples.starts is None:
-            return Batch(token_ids=token_ids, mask=mask, labels=torch.from_numpy(examples.labels[list(indices)]), states=None)
-        chosen = [examples.token_ids[index] for index in indices]
-        tokens, places = targets(chosen, examples.starts[list(indices)].tolist(), token_ids.shape[1])
-        return Batch(token_ids=token_ids, mask=mask, labels=torch.from_numpy(tokens), states=None, places=torch.from_numpy(places))
 
     def _tokens(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]

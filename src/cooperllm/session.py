@@ -21,6 +21,7 @@ from jaxtyping import Float32
 from cooperllm import report
 from cooperllm.algorithm import replay
 from cooperllm.assembly import Assembly, Material, assemble, make_devices
+from cooperllm.batches import Examples
 from cooperllm.cloud import Cloud
 from cooperllm.config import EngineName, RunConfig, to_plain
 from cooperllm.errors import ConfigError, QuorumError, RunDirectoryError
@@ -29,7 +30,7 @@ from cooperllm.link.base import Link
 from cooperllm.link.loopback import Loopback
 from cooperllm.messages import FORMAT_VERSION, Update
 from cooperllm.model_card import model_card
-from cooperllm.models import Examples, Model
+from cooperllm.models import Model
 from cooperllm.round import Begun, RoundResult, begin_round, end_round
 from cooperllm.run_directory import Checkpoint, RunDirectory, config_hash
 from cooperllm.summary import arm_summary
@@ -321,9 +322,8 @@ def judged(model: Model, examples: Examples, theta: Float32[np.ndarray, "n"]) ->
     with torch.inference_mode():
         for start in range(0, len(order), EVALUATION_BATCH):
             batch = model.batch(examples, order[start : start + EVALUATION_BATCH])
-            scores = model.scores(point, batch)
-            correct += int((scores.argmax(1) == batch.labels).sum())
-            loss += float(torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum"))
+            found = model.judged(point, batch)
+            correct, loss = correct + found[0], loss + found[1]
     # JSON has no word for infinity, which a diverged run may reach.
     return correct / count, loss / count if np.isfinite(loss) else float(np.finfo(np.float32).max)
 

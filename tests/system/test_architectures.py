@@ -12,7 +12,7 @@ import transformers
 from peft import PeftModel
 
 import cooperllm
-from cooperllm import models, pretrained
+from cooperllm import models, pretrained, token_scores
 from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.noise import Noise
 from cooperllm.assembly import Material, assemble
@@ -20,6 +20,7 @@ from cooperllm.config import AdapterKind, ArmName, Distribution, EngineName, Mod
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError
 from cooperllm.run_directory import RunDirectory
+from cooperllm.token_scores import TokenScores
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -120,6 +121,31 @@ def test_an_encoder_trains_replays_and_is_loaded_by_plain_peft_with_the_same_sta
         views = model.layout.views(theta)
         expected = means @ views["classifier.weight"].T + views["classifier.bias"]
         torch.testing.assert_close(model.scores(theta, batch), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("saved", ["gemma2, sliding and full layers", "phi", "opt"], indirect=True)
+def test_a_vocabulary_in_blocks_gives_the_losses_slopes_and_gradients_of_the_whole_one(saved, monkeypatch):
+    """Gemma's bound on scores, biases, a body inside a body; blocks of 97 tokens, the last one shorter."""
+    model = models.load(config_for(saved, causal=True).model, 0)
+    theta = model.initial_parameters(3) + 0.02 * noise.gaussian(4, 0, model.layout.size)
+    examples = model.encode(["one text", "another text, a longer one"], None, [], ["films", "books and more"])
+    device, points = TorchForward(model, examples, range(2), 1e3), np.stack([theta, 1.5 * theta, -theta])
+    direction = noise.gaussian(5, 0, len(theta))[None]
+
+    def found():
+        slopes, estimate = device.differentiate([0, 1])[0](theta, direction), device.estimate(theta, [0, 1], None)
+        judged = model.judged(torch.from_numpy(theta), model.batch(examples, [0, 1]))
+        return device.evaluate([0, 1])[0](points), *slopes, *estimate, *judged, theta - device.train(theta, [[0, 1]], 1.0)[0]
+
+    expected = found()
+    blocks = list[int]()
+    own = TokenScores.of
+    monkeypatch.setattr(TokenScores, "of", lambda *given: blocks.append(len(given[2])) or own(*given))
+    monkeypatch.setattr(token_scores, "WHOLE_MIB", 0)
+    monkeypatch.setattr(token_scores, "block_width", lambda _: 97)
+    for seen, whole in zip(found(), expected, strict=True):
+        np.testing.assert_allclose(seen, whole, rtol=2e-5, atol=2e-6)
+    assert set(blocks) == {97, 260 - 2 * 97}
 
 
 @pytest.mark.parametrize("saved", [*CAUSAL, *ENCODERS], indirect=True)

@@ -19,6 +19,7 @@ from cooperllm.algorithm.compression import pack_vector, unpack_vector
 from cooperllm.algorithm.guidance import digest
 from cooperllm.algorithm.maps import unpack_maps
 from cooperllm.assembly import assemble
+from cooperllm.batches import Examples
 from cooperllm.cloud import MapFitter
 from cooperllm.config import (
     AdapterKind,
@@ -210,7 +211,7 @@ def test_estimating_leaves_theta_and_the_network_alone(trained):
 
 
 def test_labels_play_no_part_in_the_maps(trained):
-    lied = models.Examples(token_ids=trained.public.token_ids, labels=1 - trained.public.labels, states=trained.public.states)
+    lied = Examples(token_ids=trained.public.token_ids, labels=1 - trained.public.labels, states=trained.public.states)
     fitter = MapFitter(trained.model, lied, num_examples=96, num_components=24, rank=24, bits=8, most_blocks=2)
     assert encode(fitter.fit(trained.theta, 5, 6)) == encode(trained.maps)
 

@@ -45,8 +45,8 @@ class DifferentiableModel(Protocol):
         """Pads chosen examples."""
         ...
 
-    def scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Returns scores [R, C], differentiable in θ."""
+    def loss(self, theta: torch.Tensor, batch: Any, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the mean loss with the batch's own labels or others, differentiable in θ."""
         ...
 
     def checkpointed(self) -> AbstractContextManager[None]:
@@ -102,9 +102,7 @@ class BackPropagation:
         with self._precision():
             batch = self._model.batch(self._public, chosen.tolist())
             with self._model.checkpointed() if self._checkpoints_activations else nullcontext():
-                scores = self._model.scores(point, batch).float()
-        wanted = batch.labels if labels is None else torch.from_numpy(labels)
-        loss = torch.nn.functional.cross_entropy(scores, wanted.to(scores.device))
+                loss = self._model.loss(point, batch, None if labels is None else torch.from_numpy(labels))
         (gradient,) = torch.autograd.grad(loss, point)
         return gradient.numpy(), float(loss.detach())
 

@@ -40,6 +40,10 @@ class ForwardModel(Protocol):
         """Returns scores [R, C]."""
         ...
 
+    def loss(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Returns the mean loss."""
+        ...
+
     def answers(self, theta: Float32[np.ndarray, "n"], examples: Any, indices: Sequence[int]) -> list[tuple[str, str]]:
         """Generates answers: (what was wanted, what was said)."""
         ...
@@ -220,12 +224,10 @@ class TorchForward:
             point = point.detach() - learning_rate * gradient
         return point.numpy(), losses[0]
 
-    def _scores(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
-        scores = self._model.scores(theta, batch).float()
-        return scores + self._shift if len(self._shift) > 1 else scores  # a copy of a whole vocabulary's scores is worth saving
-
     def _loss(self, theta: torch.Tensor, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self._scores(theta, batch), batch.labels)
+        if len(self._shift) == 1:  # next tokens, whose scores may be more than there is room for
+            return self._model.loss(theta, batch)
+        return torch.nn.functional.cross_entropy(self._model.scores(theta, batch).float() + self._shift, batch.labels)
 
 
 class _Mapped:

@@ -15,9 +15,10 @@ from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cooperllm.batches import Batch
 from cooperllm.device.manifest import LOSSES, OBSERVE, PREFIX, PULL_BACK, SLOPES
 from cooperllm.errors import ConfigError
-from cooperllm.models import Batch, Model
+from cooperllm.models import Model
 from cooperllm.packaging.graphs import Forward, Losses, Observe, PlainLinear, PointLosses, Prefix, PullBack, Slopes
 from cooperllm.packaging.tangents import MissingRuleError
 
