@@ -83,15 +83,21 @@ class NextTokens(nn.Module):
         self.backbone = backbone
         self._treats_tokens_alike: bool | None = None
 
-    def forward(self, token_ids: Tensor, mask: Tensor, places: Tensor, *, in_blocks: bool = False) -> Tensor | TokenScores:
-        """Returns scores [R, V] in float32 at places [R], row · T + column of the token before, or what they are made of."""
+    def forward(
+        self, token_ids: Tensor, mask: Tensor, places: Tensor, positions: Tensor | None = None, *, in_blocks: bool = False
+    ) -> Tensor | TokenScores:
+        """Returns scores [R, V] in float32 at places [R], row · T + column of the token before, or what they are made of.
+
+        Where examples share rows there are positions [B, T], which begin at 0 in each. Given these and no mask, `transformers` tells the
+        examples apart.
+        """
         language_model: Any = self.backbone
-        head, stack = language_model.get_output_embeddings(), layer_stack(self)
-        given = {"input_ids": token_ids, "attention_mask": mask, "use_cache": False}
-        if in_blocks and type(head) is nn.Linear and stack is not None and self._treats_tokens_alike is not False:
-            found = self._in_blocks(head, self.get_submodule(stack[0].rpartition(".")[0]), given, places)
-            if found is not None:
-                return found
+        head = language_model.get_output_embeddings()
+        whose = {"attention_mask": mask} if positions is None else {"position_ids": positions}
+        given = {"input_ids": token_ids, "use_cache": False, **whose}
+        found = self._in_blocks(head, given, places) if in_blocks else None
+        if found is not None:
+            return found
 
         def at_places(own: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
             return own(hidden.flatten(0, 1)[places])
@@ -99,12 +105,16 @@ class NextTokens(nn.Module):
         with forward_wrapped(head, at_places):
             return language_model(**given).logits.float()
 
-    def _in_blocks(self, head: nn.Linear, body: nn.Module, given: dict[str, Any], places: Tensor) -> TokenScores | None:
+    def _in_blocks(self, head: nn.Module, given: dict[str, Any], places: Tensor) -> TokenScores | None:
         """Runs all but the output layer; what the model does to scores behind that layer is asked of the model, without its body.
 
-        None where a score's fate there depends on its token: then only a whole row is right.
+        None where a score's fate there depends on its token, so that only a whole row is right, or where body or head are of another kind.
         """
         language_model: Any = self.backbone
+        stack = layer_stack(self)
+        if type(head) is not nn.Linear or stack is None or self._treats_tokens_alike is False:
+            return None
+        body = self.get_submodule(stack[0].rpartition(".")[0])
         states, ends = list[Tensor](), list[Any]()
 
         def read(_own: Any, hidden: Tensor) -> Tensor:

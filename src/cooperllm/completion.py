@@ -163,24 +163,49 @@ def sequences(
 
 
 def targets(
-    token_ids: Sequence[Int64[np.ndarray, "_T"]], starts: Sequence[int], width: int
+    token_ids: Sequence[Int64[np.ndarray, "_T"]], starts: Sequence[int], firsts: Sequence[int]
 ) -> tuple[Int64[np.ndarray, "R"], Int64[np.ndarray, "R"]]:
     """Lists the targets of a batch, eq. (2), and where the states stand that predict them.
 
     Args:
-        token_ids: Rows of the batch.
+        token_ids: Examples of the batch.
         starts: First target of each.
-        width: T, to which rows are padded.
+        firsts: Place of the first token of each, row · T + column.
 
     Returns:
-        (target tokens [R]; their places [R], row · T + column, each one column before its target).
+        (target tokens [R]; their places [R], each one column before its target).
 
     Example:
-        >>> targets([np.array([5, 6, 7]), np.array([5, 8])], [1, 1], 3)
+        >>> targets([np.array([5, 6, 7]), np.array([5, 8])], [1, 1], [0, 3])
         (array([6, 7, 8]), array([0, 1, 3]))
     """
     tokens = [row[start:] for row, start in zip(token_ids, starts, strict=True)]
-    places = [
-        number * width + np.arange(start - 1, len(row) - 1) for number, (row, start) in enumerate(zip(token_ids, starts, strict=True))
-    ]
+    places = [first + np.arange(start - 1, len(row) - 1) for row, start, first in zip(token_ids, starts, firsts, strict=True)]
     return np.concatenate(tokens), np.concatenate(places)
+
+
+def packed(lengths: Sequence[int]) -> list[list[int]]:
+    """Divides examples among rows by first-fit decreasing: the longest first, each in the first row that has room.
+
+    No row is longer than the longest example: longer ones would have more attention than padding to save.
+
+    Args:
+        lengths: Tokens of each example, of equal ones the first is first; at least one.
+
+    Returns:
+        Positions in `lengths`, row by row.
+
+    Example:
+        >>> packed([3, 7, 2, 4, 5])
+        [[1], [4, 2], [3, 0]]
+    """
+    rows, rooms = list[list[int]](), list[int]()
+    for position in sorted(range(len(lengths)), key=lambda position: -lengths[position]):
+        length = lengths[position]
+        place = next((place for place, room in enumerate(rooms) if room >= length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            rooms.append(max(lengths))
+        rows[place].append(position)
+        rooms[place] -= length
+    return rows

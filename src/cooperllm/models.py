@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from cooperllm.activation_checkpointing import checkpointed
 from cooperllm.adapted_layers import AdaptedLayers
 from cooperllm.algorithm import noise
-from cooperllm.batches import Batch, Examples, padded
+from cooperllm.batches import Batch, Examples, batch_of, stacked
 from cooperllm.classifiers import LabelTexts, classifier_for
-from cooperllm.completion import Frame, sequences
-from cooperllm.config import AdapterKind, ModelConfig, Objective
+from cooperllm.completion import Frame, packed, sequences
+from cooperllm.config import AdapterKind, ModelConfig, Objective, WeightType
 from cooperllm.errors import ConfigError
 from cooperllm.frozen_prefix import FrozenPrefix, original_layers
 from cooperllm.layout import Layout
@@ -38,6 +38,9 @@ from cooperllm.pretrained import Telling, adapted, pretrained
 from cooperllm.prompts import frame_of
 from cooperllm.token_scores import BLOCK_MIB, TokenScores, are_large
 from cooperllm.widths import Widths
+
+ROUNDING = {WeightType.FLOAT32: 1e-4, WeightType.FLOAT16: 0.03, WeightType.BFLOAT16: 0.2}
+"""What log-probabilities of a text may differ by between a row of its own and one that it shares; another text in sight does more."""
 
 CONTEXT = 1024
 """Tokens that a model which says nothing of its context is given at most."""
@@ -116,7 +119,7 @@ class Model:
         return Examples(token_ids=[np.array(ids, np.int64) for ids in token_ids], labels=np.array(labels, np.int64))
 
     def batch(self, examples: Examples, indices: Sequence[int]) -> Batch:
-        """Pads chosen examples to the longest of them, with the frozen prefix's output where the model has such a prefix.
+        """Pads chosen examples to the longest of them, or lets them share rows of that length; with the output of a frozen prefix.
 
         Args:
             examples: Where to choose from; missing states are added to it.
@@ -125,16 +128,18 @@ class Model:
         Returns:
             The batch.
         """
-        batch = padded(examples, indices, self.pad_id)
+        lengths = [len(examples.token_ids[index]) for index in indices]
+        rows = packed(lengths) if self.config.packing else [[position] for position in range(len(indices))]
+        batch = batch_of(examples, indices, rows, self.pad_id)
         if self.prefix is None:
             return batch
         for index in indices:
             if index not in examples.states:
                 # Alone, since the last bits depend on what shares a pass: a resumed run must find the states of the first one.
-                one = padded(examples, [index], self.pad_id)
+                one = batch_of(examples, [index], [[0]], self.pad_id)
                 with torch.no_grad():
                     examples.states[index] = self.prefix.compute(self.network, *self._here(one.given))[0].clone()
-        states = nn.utils.rnn.pad_sequence([examples.states[index] for index in indices], batch_first=True)
+        states = stacked([examples.states[index] for index in indices], rows)
         return replace(batch, states=states)
 
     def loss(self, theta: Float[Tensor, "n"], batch: Batch, labels: Int64[Tensor, "R"] | None = None) -> Float[Tensor, ""]:
@@ -387,4 +392,27 @@ def load(config: ModelConfig, num_classes: int) -> Model:
         if config.objective is Objective.NEXT_TOKEN:
             num_classes = int(backbone.get_output_embeddings().weight.shape[0])
         classifier = classifier_for(config, backbone, tokenizer, num_classes)
-        return Model(config, classifier(adapted(backbone, config)), tokenizer, num_classes)
+        model = Model(config, classifier(adapted(backbone, config)), tokenizer, num_classes)
+    if config.packing:
+        _check_packing(model)
+    return model
+
+
+def _check_packing(model: Model) -> None:
+    """Compares what a model says last of texts that share a row with what it says of each alone."""
+    most = model.config.max_tokens
+    lengths = [most, *(part for part in (most // 2, most - most // 2) if part > 1)]  # two that fit beside each other, if any do
+    tokens = noise.bits(0, 0, sum(lengths), stream=noise.Stream.CHOICE) % np.uint64(model.num_classes)
+    rows = np.split(tokens.astype(np.int64), np.cumsum(lengths)[:-1])
+    examples = Examples(token_ids=rows, labels=np.full(len(rows), -1), starts=np.array(lengths) - 1)
+    theta = torch.from_numpy(model.initial_parameters(0))
+    with torch.inference_mode():
+        together = model.scores(theta, model.batch(examples, range(len(rows))))
+        alone = torch.cat([model.scores(theta, model.batch(examples, [number])) for number in range(len(rows))])
+    furthest = float((together.log_softmax(1) - alone.log_softmax(1)).abs().max())
+    if not furthest <= ROUNDING[model.config.dtype]:
+        backbone: Any = model.network.get_submodule("backbone")
+        raise ConfigError(
+            f"model.packing: found true for {model.config.name!r}, whose architecture ({backbone.config.model_type}) does not tell texts "
+            f"that share a row apart: log-probabilities are up to {furthest:.2g} from those of each text alone; set model.packing=false"
+        )

@@ -42,6 +42,8 @@ CAUSAL = {
     "bloom": (transformers.BloomConfig, {"vocab_size": 260, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "olmo2": (transformers.Olmo2Config, GROUPED),
 }  # fmt: skip
+COUNTED_ON = ("opt", "bloom")
+"""Read positions off a mask and not off what they are given."""
 ENCODERS = {
     "bert": (transformers.BertConfig, SIZES),
     "roberta": (transformers.RobertaConfig, SIZES | {"max_position_embeddings": 130}),
@@ -121,6 +123,34 @@ def test_an_encoder_trains_replays_and_is_loaded_by_plain_peft_with_the_same_sta
         views = model.layout.views(theta)
         expected = means @ views["classifier.weight"].T + views["classifier.bias"]
         torch.testing.assert_close(model.scores(theta, batch), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("saved", [name for name in CAUSAL if name not in COUNTED_ON], indirect=True)
+def test_texts_that_share_rows_have_the_losses_and_gradients_of_texts_alone(saved):
+    """Several points and directions in a pass, layers differentiated one at a time, and the whole of back-propagation."""
+    said, found = ["films", "books and more", "no", "a"], list[list[np.ndarray]]()
+    for packing in (False, True):
+        model = models.load(replace(config_for(saved, causal=True).model, packing=packing), 0)
+        theta = model.initial_parameters(3) + 0.02 * noise.gaussian(4, 0, model.layout.size)
+        examples = model.encode(["one text", "another text, a longer one", "a", "b"], None, [], said)
+        device, chosen = TorchForward(model, examples, range(4), 1e3), range(4)
+        batch = model.batch(examples, chosen)
+        assert len(batch.token_ids) == (2 if packing else 4)
+        points, directions = np.stack([theta, 1.5 * theta]), noise.gaussian(5, 0, len(theta))[None]
+        slopes, estimate = device.differentiate(chosen)[0](theta, directions), device.estimate(theta, chosen, None)
+        trained = theta - device.train(theta, [chosen], 1.0)[0]
+        found.append([device.evaluate(chosen)[0](points), *slopes, *estimate, *model.judged(torch.from_numpy(theta), batch), trained])
+    for alone, together in zip(*found, strict=True):
+        np.testing.assert_allclose(together, alone, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("saved", COUNTED_ON, indirect=True)
+def test_an_architecture_that_does_not_tell_texts_in_a_row_apart_is_refused(saved, request):
+    kind = request.node.callspec.params["saved"]
+    with pytest.raises(
+        ConfigError, match=rf"model.packing: found true for .*architecture \({kind}\) does not tell texts that share a row apart"
+    ):
+        models.load(replace(config_for(saved, causal=True).model, packing=True), 0)
 
 
 @pytest.mark.parametrize("saved", ["gemma2, sliding and full layers", "phi", "opt"], indirect=True)

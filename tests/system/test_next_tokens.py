@@ -30,6 +30,7 @@ from cooperllm.config import (
     Partition,
     RuntimeName,
     SlopeMethod,
+    Variant,
     from_plain,
     to_plain,
 )
@@ -37,6 +38,7 @@ from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError
 from cooperllm.evaluation import evaluate
 from cooperllm.listening import Listener
+from cooperllm.packaging import write_package
 from cooperllm.prompts import frame_of
 from cooperllm.run_directory import RunDirectory
 
@@ -152,6 +154,35 @@ def test_a_run_learns_replays_and_is_judged_by_its_loss(tmp_path, arm):
     page = (run.path / "report.html").read_text()
     assert "less loss after fewer rounds" in page
     assert f"ends at a loss of {last:.3f}" in page
+
+
+@pytest.mark.parametrize("caches_prefix", [True, False])
+def test_texts_that_share_rows_have_the_clouds_gradient_of_texts_alone(caches_prefix):
+    """The frozen prefix is computed for each text alone, so that its states are the same bits."""
+    texts, said = ("Who?", "What do clouds do when they meet?", "Two."), ("No.", "Rain and more rain, all day long.", "A.")
+    found, states = list[np.ndarray](), list[dict]()
+    for packing in (False, True):
+        model = models.load(replace(TINY, packing=packing, caches_prefix=caches_prefix), 0)
+        examples = model.encode(texts, None, [], said)
+        assert len(model.batch(examples, range(3)).token_ids) == (2 if packing else 3)
+        found.append(GuideMaker(model, examples, 3, 1).gradient(moved(model).numpy(), 7)[0])
+        states.append(examples.states)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
+    assert len(states[1]) == (3 if caches_prefix else 0)
+    assert all(torch.equal(states[0][number], states[1][number]) for number in states[1])
+
+
+def test_a_package_of_texts_that_share_rows_is_refused(tmp_path):
+    model = models.load(replace(TINY, packing=True), 0)
+    with pytest.raises(ConfigError, match=r"model.packing: found true, expected false for a package"):
+        write_package(model, model.initial_parameters(0), tmp_path / "package", label_names=(), variant=Variant.FP32, seed=0)
+    assert not (tmp_path / "package").exists()
+
+
+def test_devices_that_use_packages_share_no_rows():
+    config = tiny()
+    with pytest.raises(ConfigError, match=r"model.packing: found True, expected false for the runtime onnx"):
+        replace(config, model=replace(config.model, packing=True), runtime=RuntimeName.ONNX)
 
 
 def test_texts_alone_are_learned_without_a_prompt(tmp_path):

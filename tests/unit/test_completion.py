@@ -78,7 +78,7 @@ def test_every_target_is_the_token_behind_its_place_and_no_row_is_too_long(rows,
     padded = np.full((len(rows), width), -1)
     for number, row in enumerate(found.token_ids):
         padded[number, : len(row)] = row
-    tokens, places = targets(found.token_ids, found.starts.tolist(), width)
+    tokens, places = targets(found.token_ids, found.starts.tolist(), range(0, len(rows) * width, width))
     assert width - 2 <= max_tokens
     np.testing.assert_array_equal(padded.reshape(-1)[places + 1], tokens)
     assert len(tokens) == found.num_targets(range(len(rows)))

@@ -153,6 +153,8 @@ class RunConfig:
         learns_alone = self.arm.name in {ArmName.FEDAVG_BP, ArmName.FEDAVG_BP_CHECKPOINTED}
         needs_torch = learns_alone and self.runtime is not RuntimeName.TORCH
         check(not needs_torch, "runtime", self.runtime.value, f"torch for the arm {self.arm.name.value}: its devices back-propagate")
+        expected = f"false for the runtime {self.runtime.value}: in packages every example has a row of its own"
+        check(not self.model.packing or self.runtime is RuntimeName.TORCH, "model.packing", self.model.packing, expected)
         is_bound = self.arm.name not in STALE_ARMS or self.arm.pool_size > 1
         expected = (
             f"0 for the arm {self.arm.name.value} with a pool of {self.arm.pool_size}: its steps are named by the θ that they start from"

@@ -73,6 +73,8 @@ class ModelConfig:
         max_tokens: Texts are cut at this many tokens, >= 2.
         prompt: For label words and next tokens: the text with {text} (and {text2}) to be filled in.
         uses_chat_template: Whether, for next tokens, the tokeniser's own chat template stands in place of the prompt.
+        packing: Whether, for next tokens, short examples share rows, each with positions of its own and attention to nothing else. With
+            PyTorch, and models that `transformers` can tell examples apart for.
         calibrates: Whether, for label words, what the pretrained model says of no text at all is taken off its scores.
         label_words: One word, or for label texts one short text, per class, in the order of the labels.
         dtype: What the frozen weights are kept in; every weight that is trained is float32.
@@ -90,6 +92,7 @@ class ModelConfig:
     max_tokens: int = 32
     prompt: str = "{text} It was"
     uses_chat_template: bool = False
+    packing: bool = False
     calibrates: bool = False
     label_words: tuple[str, ...] = ()
     dtype: WeightType = WeightType.FLOAT32
@@ -109,6 +112,8 @@ class ModelConfig:
             check("{text}" in self.prompt, "model.prompt", self.prompt, "a prompt that contains {text}")
         expected = f"false for the objective {self.objective.value}: chat templates are for next-token"
         check(is_next_token or not self.uses_chat_template, "model.uses_chat_template", self.uses_chat_template, expected)
+        expected = f"false for the objective {self.objective.value}: only examples for next-token share rows"
+        check(is_next_token or not self.packing, "model.packing", self.packing, expected)
         expected = f"false for the objective {self.objective.value}: calibration is for label-words"
         check(is_of_words or not self.calibrates, "model.calibrates", self.calibrates, expected)
         if is_of_words:

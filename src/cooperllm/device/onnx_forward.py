@@ -176,7 +176,7 @@ class OnnxForward:
             given = _padded([self._states(row) for row in rows], 0)
         labels = examples.labels[list(indices)]
         if examples.starts is not None:
-            labels = np.stack(targets(rows, examples.starts[list(indices)].tolist(), mask.shape[1]), axis=1)
+            labels = np.stack(targets(rows, examples.starts[list(indices)].tolist(), range(0, mask.size, mask.shape[1])), axis=1)
         return {"given": given, "mask": mask, "labels": labels}
 
     def _states(self, token_ids: Int64[np.ndarray, "T"]) -> Float32[np.ndarray, "T H"]:

@@ -76,6 +76,8 @@ def write_package(
             f"model.dtype: found {model.config.dtype.value}, expected float32 for a package: its variants round weights themselves; choose "
             "--set model.dtype=float32 and --variant int8"
         )
+    if model.config.packing:
+        raise ConfigError("model.packing: found true, expected false for a package, in which every example has a row of its own")
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of an attempt that was interrupted
     part.mkdir(parents=True)
