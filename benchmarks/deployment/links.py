@@ -182,6 +182,7 @@ def measured(directory: Path, hosts: list[Host], rate: float, timeout_s: float, 
     wire_down, wire_up = ((later - earlier) / (ended - begun) / devices for later, earlier in zip(after, before, strict=True))
     return {
         "round_s": statistics.median(row["seconds"] for row in rows),
+        "mean_s": statistics.mean(row["seconds"] for row in rows),
         "slowest_round_s": max(row["seconds"] for row in rows),
         "bytes_down": down,
         "bytes_up": up,
@@ -239,9 +240,9 @@ def main() -> None:
     whole = arguments.work / "prepared"
     if not whole.exists():
         prepare(whole, config, places, has_texts=True)
-    print("| Mbit/s down, up | staleness | round, median | slowest | messages to, from a device ", end="")
+    print("| Mbit/s down, up | staleness | round, median | mean | slowest | messages to, from a device ", end="")
     print("| on the wire to, from it | at work | wire at that rate | lost |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for rate, staleness in itertools.product(arguments.rates, arguments.staleness):
         directory = arguments.work / f"rate-{rate:g}-staleness-{staleness}"
         shutil.rmtree(directory, ignore_errors=True)
@@ -253,7 +254,7 @@ def main() -> None:
         found = measured(directory, hosts, rate, arguments.timeout_s, drop)
         speed = f"{rate:g}, {rate / 4:g}" if rate else "no limit"
         print(
-            f"| {speed} | {staleness} | {found['round_s']:.2f} s | {found['slowest_round_s']:.2f} s "
+            f"| {speed} | {staleness} | {found['round_s']:.2f} s | {found['mean_s']:.2f} s | {found['slowest_round_s']:.2f} s "
             f"| {found['bytes_down'] / 1e3:.1f}, {found['bytes_up'] / 1e3:.1f} kB "
             f"| {found['wire_down'] / 1e3:.1f}, {found['wire_up'] / 1e3:.1f} kB "
             f"| {found['worked_s']:.2f} s | {found['transfer_s']:.2f} s | {found['lost']:.0f} |",
