@@ -39,8 +39,8 @@ from cooperllm.prompts import frame_of
 from cooperllm.token_scores import BLOCK_MIB, TokenScores, are_large
 from cooperllm.widths import Widths
 
-ROUNDING = {WeightType.FLOAT32: 1e-4, WeightType.FLOAT16: 0.03, WeightType.BFLOAT16: 0.2}
-"""What log-probabilities of a text may differ by between a row of its own and one that it shares; another text in sight does more."""
+ROUNDING = {WeightType.FLOAT32: 1e-4, WeightType.NF4: 1e-4, WeightType.FLOAT16: 0.03, WeightType.BFLOAT16: 0.2}
+"""What log-probabilities of a text may differ by between a row of its own and one that it shares; positions that go on do more."""
 
 CONTEXT = 1024
 """Tokens that a model which says nothing of its context is given at most."""
@@ -399,20 +399,23 @@ def load(config: ModelConfig, num_classes: int) -> Model:
 
 
 def _check_packing(model: Model) -> None:
-    """Compares what a model says last of texts that share a row with what it says of each alone."""
+    """Compares what a model says last of a text behind others in its row, bit for bit, and with what it says of the text alone."""
     most = model.config.max_tokens
-    lengths = [most, *(part for part in (most // 2, most - most // 2) if part > 1)]  # two that fit beside each other, if any do
+    lengths = [most, most - most // 2, most - most // 2, most // 2]  # the last shares a row with either of those before it
+    if lengths[-1] < 2:
+        return  # no two examples find room in a row
     tokens = noise.bits(0, 0, sum(lengths), stream=noise.Stream.CHOICE) % np.uint64(model.num_classes)
     rows = np.split(tokens.astype(np.int64), np.cumsum(lengths)[:-1])
     examples = Examples(token_ids=rows, labels=np.full(len(rows), -1), starts=np.array(lengths) - 1)
     theta = torch.from_numpy(model.initial_parameters(0))
     with torch.inference_mode():
-        together = model.scores(theta, model.batch(examples, range(len(rows))))
-        alone = torch.cat([model.scores(theta, model.batch(examples, [number])) for number in range(len(rows))])
-    furthest = float((together.log_softmax(1) - alone.log_softmax(1)).abs().max())
-    if not furthest <= ROUNDING[model.config.dtype]:
+        behind, behind_another, alone = (
+            model.scores(theta, model.batch(examples, chosen))[-1].log_softmax(0) for chosen in ([0, 1, 3], [0, 2, 3], [3])
+        )
+    is_apart, furthest = torch.equal(behind, behind_another), float((behind - alone).abs().max())
+    if not (is_apart and furthest <= ROUNDING[model.config.dtype]):
         backbone: Any = model.network.get_submodule("backbone")
         raise ConfigError(
             f"model.packing: found true for {model.config.name!r}, whose architecture ({backbone.config.model_type}) does not tell texts "
-            f"that share a row apart: log-probabilities are up to {furthest:.2g} from those of each text alone; set model.packing=false"
+            f"that share a row apart: log-probabilities are up to {furthest:.2g} from those of a text alone; set model.packing=false"
         )

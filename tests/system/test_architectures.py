@@ -16,7 +16,17 @@ from cooperllm import models, pretrained, token_scores
 from cooperllm.algorithm import noise, replay
 from cooperllm.algorithm.noise import Noise
 from cooperllm.assembly import Material, assemble
-from cooperllm.config import AdapterKind, ArmName, Distribution, EngineName, ModelConfig, Objective, OptimizerConfig, OptimizerKind
+from cooperllm.config import (
+    AdapterKind,
+    ArmName,
+    Distribution,
+    EngineName,
+    ModelConfig,
+    Objective,
+    OptimizerConfig,
+    OptimizerKind,
+    WeightType,
+)
 from cooperllm.device.torch_forward import TorchForward
 from cooperllm.errors import ConfigError
 from cooperllm.run_directory import RunDirectory
@@ -144,13 +154,14 @@ def test_texts_that_share_rows_have_the_losses_and_gradients_of_texts_alone(save
         np.testing.assert_allclose(together, alone, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [WeightType.FLOAT32, WeightType.BFLOAT16], ids=lambda dtype: dtype.value)
 @pytest.mark.parametrize("saved", COUNTED_ON, indirect=True)
-def test_an_architecture_that_does_not_tell_texts_in_a_row_apart_is_refused(saved, request):
+def test_an_architecture_that_does_not_tell_texts_in_a_row_apart_is_refused(saved, dtype, request):
     kind = request.node.callspec.params["saved"]
     with pytest.raises(
         ConfigError, match=rf"model.packing: found true for .*architecture \({kind}\) does not tell texts that share a row apart"
     ):
-        models.load(replace(config_for(saved, causal=True).model, packing=True), 0)
+        models.load(replace(config_for(saved, causal=True).model, packing=True, dtype=dtype), 0)
 
 
 @pytest.mark.parametrize("saved", ["gemma2, sliding and full layers", "phi", "opt"], indirect=True)

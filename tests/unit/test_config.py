@@ -49,6 +49,7 @@ OUTSIDE = [
     (ModelConfig, {"objective": Objective.LABEL_TEXTS, "label_words": ("a good film",)}, "model.label_words", "('a good film',)"),
     (ModelConfig, {"objective": Objective.LABEL_TEXTS, "label_words": ("a good film", " ")}, "model.label_words", "('a good film', ' ')"),
     (ModelConfig, {"packing": True}, "model.packing", "True"),
+    (ModelConfig, {"objective": Objective.NEXT_TOKEN, "packing": True, "dtype": WeightType.INT8}, "model.packing", "True"),
     (SourceConfig, {"name": ""}, "data source name", "''"),
     (SourceConfig, {"max_examples": 0}, "max_examples", "0"),
     (SourceConfig, {"label_noise": 1.1}, "label_noise", "1.1"),

@@ -114,6 +114,8 @@ class ModelConfig:
         check(is_next_token or not self.uses_chat_template, "model.uses_chat_template", self.uses_chat_template, expected)
         expected = f"false for the objective {self.objective.value}: only examples for next-token share rows"
         check(is_next_token or not self.packing, "model.packing", self.packing, expected)
+        is_mixed = self.packing and self.dtype is WeightType.INT8
+        check(not is_mixed, "model.packing", self.packing, "false for weights in int8: what shares a pass decides how they round")
         expected = f"false for the objective {self.objective.value}: calibration is for label-words"
         check(is_of_words or not self.calibrates, "model.calibrates", self.calibrates, expected)
         if is_of_words:
