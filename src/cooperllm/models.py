@@ -404,14 +404,12 @@ def _check_packing(model: Model) -> None:
     lengths = [most, most - most // 2, most - most // 2, most // 2]  # the last shares a row with either of those before it
     if lengths[-1] < 2:
         return  # no two examples find room in a row
-    tokens = noise.bits(0, 0, sum(lengths), stream=noise.Stream.CHOICE) % np.uint64(model.num_classes)
-    rows = np.split(tokens.astype(np.int64), np.cumsum(lengths)[:-1])
-    examples = Examples(token_ids=rows, labels=np.full(len(rows), -1), starts=np.array(lengths) - 1)
-    theta = torch.from_numpy(model.initial_parameters(0))
+    tokens = (noise.bits(0, 0, sum(lengths), stream=noise.Stream.CHOICE) % np.uint64(model.num_classes)).astype(np.int64)
+    rows = np.split(tokens, np.cumsum(lengths)[:-1])
+    examples = Examples(token_ids=rows, labels=np.full(4, -1), starts=np.array(lengths) - 1)
+    theta, asked = torch.from_numpy(model.initial_parameters(0)), ([0, 1, 3], [0, 2, 3], [3])
     with torch.inference_mode():
-        behind, behind_another, alone = (
-            model.scores(theta, model.batch(examples, chosen))[-1].log_softmax(0) for chosen in ([0, 1, 3], [0, 2, 3], [3])
-        )
+        behind, behind_another, alone = (model.scores(theta, model.batch(examples, chosen))[-1].log_softmax(0) for chosen in asked)
     is_apart, furthest = torch.equal(behind, behind_another), float((behind - alone).abs().max())
     if not (is_apart and furthest <= ROUNDING[model.config.dtype]):
         backbone: Any = model.network.get_submodule("backbone")
