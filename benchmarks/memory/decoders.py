@@ -14,7 +14,6 @@ import datetime
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from row_processes import medians
 
 import cooperllm
 from cooperllm.algorithm import replay
@@ -242,12 +242,7 @@ def work(decoder: Decoder, name: str, directory: Path) -> None:
 
 def measured(part: str, decoder: str, name: str, directory: Path, repeats: int) -> dict[str, float]:
     """Runs one row in processes of its own; medians."""
-    found, command = list[dict[str, float]](), [sys.executable, __file__, "--decoder", decoder, part, name, str(directory)]
-    for _ in range(repeats):
-        process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(process.stdout.splitlines()[-1]))
-        print(part, name, found[-1], flush=True)
-    return {figure: statistics.median(each[figure] for each in found) for figure in found[0]}
+    return medians([sys.executable, __file__, "--decoder", decoder, part, name, str(directory)], repeats, part, name)
 
 
 def table(name: str, repeats: int, found: Mapping[str, Mapping[str, float]]) -> str:

@@ -11,13 +11,13 @@ import datetime
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from row_processes import medians
 
 import cooperllm
 from cooperllm.algorithm import noise
@@ -81,11 +81,7 @@ def main() -> None:
         for size in ("8", "16"):
             for way in ("their own", "shared"):
                 command = [sys.executable, __file__, "--data-directory", arguments.data_directory, "--row", name, size, way]
-                each = [
-                    json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-                    for _ in range(arguments.repeats)
-                ]
-                found = {figure: statistics.median(one[figure] for one in each) for figure in each[0]}
+                found = medians(command, arguments.repeats)
                 lines.append(f"| {name} | {size} | {way} | {found['tokens']:.0%} | {found['cpu_ms']:.1f} | {found['peak_mib']:.0f} |")
                 print(lines[-1], flush=True)
     arguments.results.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,6 @@ import datetime
 import json
 import math
 import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from row_processes import medians
 
 from cooperllm import models, token_scores
 from cooperllm.algorithm import noise
@@ -99,11 +98,7 @@ def main() -> None:
                 found = dict[str, dict[str, float]]()
                 for way in ("whole", "blocks"):
                     command = [sys.executable, __file__, "--row", row, way, directory]
-                    each = [
-                        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-                        for _ in range(arguments.repeats)
-                    ]
-                    found[way] = {figure: statistics.median(one[figure] for one in each) for figure in each[0]}
+                    found[way] = medians(command, arguments.repeats)
                 columns = [f"{found[way]['peak_mib']:.0f}" for way in found] + [f"{found[way]['cpu_s']:.2f}" for way in found]
                 lines.append(f"| {' | '.join((row, str(hidden), *columns))} |")
                 print(lines[-1], flush=True)
